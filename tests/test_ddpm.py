@@ -1,0 +1,293 @@
+"""ddpm.py: equations 6–11 against closed forms, samplers against oracle models, diffusers and exact ODE solutions."""
+
+import math
+
+import pytest
+import torch
+
+import ddpm
+from ddpm import Schedule, guide, p_step, predict_x0, q_sample, q_step, sample
+
+SD = Schedule.stable_diffusion()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def oracle(x_0, schedule=SD):
+    """The ε̂ of a model that knows x₀: eq. 8 solved for ε."""
+    return lambda x_t, t: (x_t - schedule.alpha_bar[t].sqrt() * x_0) / (1 - schedule.alpha_bar[t]).sqrt()
+
+
+def gaussian_model(std, schedule=SD):
+    """The exact E[ε | x_t] when the data are N(0, std²)."""
+    return lambda x, t: (1 - schedule.alpha_bar[t]).sqrt() * x / (1 + schedule.alpha_bar[t] * (std**2 - 1))
+
+
+def curved_model(x, t):
+    """Any nonlinear function of x and t will do where two samplers must agree."""
+    return torch.tanh(1.3 * x) * (0.4 + t / 1000) + 0.1 * torch.sin(x * t / 100)
+
+
+def test_schedules_have_the_published_numbers():
+    close(SD.beta[[0, -1]], torch.tensor([0.00085, 0.012], dtype=torch.float64))
+    close(SD.alpha_bar[[0, -1]], torch.tensor([0.99915, 0.00466], dtype=torch.float64), 5e-6)
+    close(SD.beta[500].sqrt(), (0.00085**0.5 * 499 + 0.012**0.5 * 500) / 999 * torch.ones((), dtype=torch.float64))
+    linear = Schedule.ddpm()
+    close(linear.beta[[0, 500, -1]], torch.tensor([1e-4, 1e-4 + 0.0199 * 500 / 999, 0.02], dtype=torch.float64))
+    close(linear.alpha_bar[2], (1 - linear.beta[0]) * (1 - linear.beta[1]) * (1 - linear.beta[2]))
+    assert all(table.dtype == torch.float64 and table.shape == (1000,) for table in (SD.beta, SD.alpha, SD.alpha_bar))
+
+
+@pytest.mark.parametrize("beta", [[0.1, 1.0], [0.0, 0.1], [float("nan")], [[0.1]]])
+def test_impossible_beta_is_refused(beta):
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        Schedule(beta)
+
+
+def test_eq6_closed_form():
+    close(q_step(torch.tensor([3.0]), 1, torch.tensor([-2.0]), Schedule([0.5, 0.19])), torch.tensor([0.9 * 3 - 0.19**0.5 * 2]), 1e-6)
+    x, eps, t = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1), torch.tensor([0, 400, 999])
+    for row, step in enumerate(t.tolist()):
+        expected = (1 - SD.beta[step]).sqrt() * x[row] + SD.beta[step].sqrt() * eps[row]
+        close(q_step(x, t, eps, SD)[row], expected)
+        close(q_step(x, step, eps, SD)[row], expected)
+
+
+def test_eq7_step_is_gaussian_with_mean_sqrt_alpha_x_and_variance_beta():
+    x = torch.full((400_000,), 2.0, dtype=torch.float64)
+    x_t = q_step(x, 1, randn(400_000), Schedule([0.5, 0.3]))
+    z = (x_t - 0.7**0.5 * 2) / 0.3**0.5  # standard normal: mean, variance, kurtosis
+    close(torch.stack([z.mean(), z.var(), (z**4).mean()]), torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64), 0.02)
+
+
+def test_eq8_marginal_equals_iterated_eq6():
+    x_0, zero, one = randn(5), torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    mean, variance = x_0, zero
+    for t in range(1000):
+        gain, std = q_step(one, t, zero, SD), q_step(zero, t, one, SD)
+        mean, variance = q_step(mean, t, zero, SD), gain**2 * variance + std**2
+        if t in (0, 1, 10, 500, 999):
+            close(q_sample(x_0, t, zero, SD), mean)
+            close(q_sample(zero, t, one, SD) ** 2, variance)
+
+
+def test_eq9_marginal_is_gaussian_with_mean_sqrt_alpha_bar_x0_and_variance_1_minus_alpha_bar():
+    x_0 = torch.full((400_000,), 2.0, dtype=torch.float64)
+    z = (q_sample(x_0, 1, randn(400_000), Schedule([0.5, 0.3])) - 0.35**0.5 * 2) / 0.65**0.5
+    close(torch.stack([z.mean(), z.var(), (z**4).mean()]), torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64), 0.02)
+    x, eps, t = randn(3, 2, 4), randn(3, 2, 4, seed=1), torch.tensor([0, 400, 999])
+    for row, step in enumerate(t.tolist()):
+        close(q_sample(x, t, eps, SD)[row], q_sample(x[row], step, eps[row], SD))
+
+
+def test_predict_x0_inverts_eq8():
+    x_0, eps, t = randn(3, 2, 4), randn(3, 2, 4, seed=1), torch.tensor([0, 400, 999])
+    close(predict_x0(q_sample(x_0, t, eps, SD), t, eps, SD), x_0)
+
+
+@pytest.mark.parametrize("t", [1, 20, 500, 999])
+def test_eq10_mean_is_the_bayes_posterior(t):
+    """x_{t−1} from its prior (eq. 9) and its likelihood (eq. 7), weighted by precision."""
+    x_0, eps, zero = randn(50), randn(50, seed=1), torch.zeros(50, dtype=torch.float64)
+    x_t = q_sample(x_0, t, eps, SD)
+    prior, likelihood = 1 / (1 - SD.alpha_bar[t - 1]), SD.alpha[t] / SD.beta[t]
+    mean = prior * SD.alpha_bar[t - 1].sqrt() * x_0 + likelihood * x_t / SD.alpha[t].sqrt()
+    close(p_step(x_t, t, eps, zero, SD), mean / (prior + likelihood), 1e-10)
+
+
+def test_eq10_noise_has_variance_beta_and_is_absent_at_t_0():
+    x, eps, noise, t = randn(3, 2, 4), randn(3, 2, 4, seed=1), randn(3, 2, 4, seed=2), torch.tensor([0, 1, 999])
+    added = p_step(x, t, eps, noise, SD) - p_step(x, t, eps, 0 * noise, SD)
+    close(added, torch.tensor([0, SD.beta[1] ** 0.5, SD.beta[999] ** 0.5])[:, None, None] * noise)
+    close(p_step(x, 0, eps, noise, SD), predict_x0(x, 0, eps, SD))
+    assert SD.beta[0] > 0
+
+
+def test_eq10_parity_with_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=False)
+    reference.alphas_cumprod, reference.one = SD.alpha_bar, torch.ones((), dtype=torch.float64)
+    x, eps = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    for t in (999, 500, 1, 0):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
+        expected = reference.step(eps, t, x, generator=torch.Generator().manual_seed(7)).prev_sample
+        close(p_step(x, t, eps, noise, SD), expected, 1e-10)
+
+
+def test_eq11_guidance_extrapolates_from_the_unconditional_prediction():
+    cond, uncond = randn(2, 3), randn(2, 3, seed=1)
+    close(guide(cond, uncond, 7.5), uncond + 7.5 * (cond - uncond))
+    close(guide(cond, uncond, 1), cond)
+    close(guide(cond, uncond, 0), uncond)
+
+
+def test_time_steps_are_the_published_ones():
+    assert ddpm.leading(1000, 50) == list(range(1, 982, 20))
+    assert ddpm.linspace(1000, 20) == [round(49.95 * i) for i in range(1, 21)]
+
+
+@pytest.mark.parametrize("spacing", [ddpm.leading, ddpm.linspace])
+def test_every_number_of_steps_has_distinct_valid_time_steps(spacing):
+    for steps in range(1, 1001):
+        timesteps = spacing(1000, steps)
+        assert len(set(timesteps)) == steps and timesteps == sorted(timesteps)
+        assert 0 <= timesteps[0] and timesteps[-1] <= 999
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 999, 1000])
+def test_oracle_model_gives_x0_back(steps):
+    x_0, eps = randn(2, 3, 2, 2), randn(2, 3, 2, 2, seed=1)
+    start = q_sample(x_0, ddpm.leading(1000, steps)[-1], eps, SD)
+    close(sample(oracle(x_0), start, SD, steps, "ddim", progress=False), q_sample(x_0, 0, eps, SD), 1e-9)
+    for sampler in ("dpm", "ddpm"):
+        close(sample(oracle(x_0), eps, SD, steps, sampler, progress=False), x_0, 1e-9)
+
+
+@pytest.mark.parametrize("steps", [50, 500, 1000])
+@pytest.mark.parametrize("std", [0.5, 1.7])
+@pytest.mark.parametrize("sampler, bound", [("ddpm", 0.03), ("ddim", 0.04), ("dpm", 0.02)])
+def test_gaussian_data_come_out_with_their_own_spread(sampler, bound, std, steps):
+    schedule = Schedule.ddpm()
+    x_T, generator = randn(10_000), torch.Generator().manual_seed(2)
+    x = sample(gaussian_model(std, schedule), x_T / x_T.std(), schedule, steps, sampler, generator, progress=False)
+    bound = bound + (2.5 / steps if sampler != "dpm" else 0)  # eq. 10 and DDIM are first-order methods
+    assert abs(x.std() / std - 1) < bound
+
+
+@pytest.mark.parametrize("sampler, order, end", [("ddim", 1, 201), ("dpm", 2, 200)])
+def test_order_of_the_method(sampler, order, end):
+    """Twice the steps, about 2^order times less error when the sampler comes by t = `end`.
+
+    The exact solution of the ODE for N(0, 0.5²) data is x_s = x_t·√(variance_s / variance_t).
+    """
+    schedule, errors = Schedule.stable_diffusion(1001), []  # 1000 = T−1 divides evenly
+    variance = 1 + schedule.alpha_bar * (0.5**2 - 1)
+    for steps in (20, 40, 100):
+        visited = {}
+
+        def eps_fn(x_t, t):
+            visited[t] = x_t.item()
+            return gaussian_model(0.5, schedule)(x_t, t)
+
+        sample(eps_fn, torch.ones(1, dtype=torch.float64), schedule, steps, sampler, progress=False)
+        errors.append(abs(visited[end] / (variance[end] / variance[max(visited)]).sqrt().item() - 1))
+    orders = [math.log(errors[0] / errors[1], 2), math.log(errors[1] / errors[2], 2.5)]
+    assert orders == pytest.approx([order, order], abs=0.25)
+
+
+def test_ddpm_with_all_steps_is_eq10_iterated():
+    schedule, x = Schedule.ddpm(40), randn(2, 3)
+    expected, generator = x, torch.Generator().manual_seed(5)
+    for t in reversed(range(40)):
+        noise = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+        expected = p_step(expected, t, curved_model(expected, t), noise, schedule)
+    close(sample(curved_model, x, schedule, 40, "ddpm", torch.Generator().manual_seed(5), progress=False), expected)
+
+
+@pytest.mark.parametrize("steps", [7, 50])
+def test_ddpm_with_fewer_steps_parity_with_diffusers(steps):
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DDPMScheduler(
+        variance_type="fixed_large", clip_sample=False, timestep_spacing="leading", steps_offset=1
+    )
+    reference.alphas_cumprod, reference.one = SD.alpha_bar, torch.ones((), dtype=torch.float64)
+    reference.set_timesteps(steps)
+    assert reference.timesteps.tolist() == ddpm.leading(1000, steps)[::-1]
+    x, visited, generator = randn(2, 3), [], torch.Generator().manual_seed(5)
+
+    def eps_fn(x_t, t):
+        visited.append(x_t)
+        return curved_model(x_t, t)
+
+    sample(eps_fn, x, SD, steps, "ddpm", torch.Generator().manual_seed(5), progress=False)
+    for i, t in enumerate(reference.timesteps.tolist()):
+        close(visited[i], x, 1e-10)
+        x = reference.step(curved_model(x, t), t, x, generator=generator).prev_sample
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50, 999])
+def test_ddim_trajectory_parity_with_diffusers(steps):
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    close(reference.alphas_cumprod.double(), SD.alpha_bar, 1e-5)
+    reference.alphas_cumprod, reference.final_alpha_cumprod = SD.alpha_bar, SD.alpha_bar[0]  # float64
+    reference.set_timesteps(steps)
+    x, visited = randn(2, 3), []
+
+    def eps_fn(x_t, t):
+        visited.append((t, x_t))
+        return curved_model(x_t, t)
+
+    final = sample(eps_fn, x, SD, steps, "ddim", progress=False)
+    for (t, x_t), t_reference in zip(visited, reference.timesteps.tolist(), strict=True):
+        assert t == t_reference
+        close(x_t, x, 1e-10)
+        x = reference.step(curved_model(x, t), t, x).prev_sample
+    close(final, x, 1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 999])
+def test_dpm_parity_with_diffusers(steps):
+    """DPMSolverMultistepScheduler as it comes (2M, midpoint, linspace, final sigma 0), lifted to float64."""
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    reference.set_timesteps(steps)
+    timesteps = reference.timesteps.tolist()
+    ratio = (1 - SD.alpha_bar[timesteps]) / SD.alpha_bar[timesteps]
+    sigmas = torch.cat([ratio.sqrt(), torch.zeros(1, dtype=torch.float64)])
+    close(reference.sigmas.double(), sigmas, 1e-4)
+    reference.sigmas = sigmas
+    expected, x_0 = randn(2, 3), []
+    for i, t in enumerate(timesteps):  # its `step`, less the casts to float32
+        reference._step_index = i
+        x_0.append(reference.convert_model_output(curved_model(expected, t), sample=expected))
+        if 0 < i < steps - 1:
+            expected = reference.multistep_dpm_solver_second_order_update(x_0[-2:], sample=expected)
+        else:
+            expected = reference.dpm_solver_first_order_update(x_0[-1], sample=expected)
+    close(sample(curved_model, randn(2, 3), SD, steps, "dpm", progress=False), expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equations_answer_in_the_dtype_of_x(dtype):
+    x, eps, t = randn(3, 2).to(dtype), randn(3, 2, seed=1).to(dtype), torch.tensor([0, 400, 999])
+    for y in (q_step(x, t, eps, SD), q_sample(x, t, eps, SD), p_step(x, t, eps, eps, SD), predict_x0(x, t, eps, SD)):
+        assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("sampler", list(ddpm.SAMPLERS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_is_reproducible_and_keeps_the_dtype(sampler, dtype):
+    def run(seed):
+        x_T = torch.ones(1, 2, 3, dtype=dtype)
+        return sample(curved_model, x_T, SD, 4, sampler, torch.Generator().manual_seed(seed), progress=False)
+
+    assert run(1).dtype == dtype and torch.equal(run(1), run(1))
+    assert torch.equal(run(1), run(2)) == (sampler != "ddpm")
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "7"])
+def test_wrong_number_of_steps_is_one_clear_line(steps):
+    with pytest.raises(ValueError, match=r"^steps must be a whole number from 1 to 1000, not .*$"):
+        sample(curved_model, randn(1), SD, steps)
+
+
+def test_unknown_sampler_is_one_clear_line():
+    with pytest.raises(ValueError, match="^unknown sampler 'euler': choose one of ddpm, ddim, dpm$"):
+        sample(curved_model, randn(1), SD, 7, "euler")
+
+
+def test_progress_bar_counts_the_steps(capsys):
+    sample(curved_model, randn(1), SD, 7)
+    assert "7/7" in capsys.readouterr().err
