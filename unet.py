@@ -1,0 +1,657 @@
+"""The networks of Stable Diffusion 1.x: UNet, VAE, and loading their published weights.
+
+The UNet is ε_θ of the paper's equations 1, 8, 10 and 11: it reads the noised latent x_t, the step t, the
+prompt's tokens c_τ and, with an adapter attached, the image tokens c_i, and answers with the noise.
+
+    down: ResNet blocks (+ transformers, attention.py), halving the size; every output is kept as a skip
+    mid:  ResNet, transformer, ResNet
+    up:   ResNet blocks over [x, skip] (+ transformers), doubling the size
+
+The VAE maps pixels in [−1, 1] to latents and back: z_0 = 0.18215·sample of N(μ, σ²), (μ, log σ²) = encode(x).
+
+Attribute names are those of the published files in diffusers' layout, so loading is `load_state_dict(strict)`.
+`up_blocks` is registered before `mid_block` because published adapters number the layers down, up, mid.
+"""
+
+import json
+import math
+import pickle
+import re
+import tempfile
+import warnings
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from attention import SpatialAttention, Transformer2D
+from ddpm import Schedule
+
+
+class ResnetBlock(nn.Module):
+    """Two 3×3 convolutions with a residual; the time embedding is added between them if `temb_dim` is given."""
+
+    def __init__(self, in_channels, out_channels, groups, eps, temb_dim=None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_dim, out_channels) if temb_dim else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x, temb=None):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(temb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halves the size: 3×3 convolution of stride 2. UNet: padding 1 all around; VAE: 0, and one right and bottom."""
+
+    def __init__(self, channels, padding):
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x):
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the size (or goes to `size`) by repeating pixels, then a 3×3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size=None):
+        return self.conv(F.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """`layers` × (ResNet block, transformer if `transformer` makes one), then Downsample unless `padding` is None."""
+
+    def __init__(self, in_channels, channels, layers, resnet, transformer=None, padding=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnet(in_channels if i == 0 else channels, channels) for i in range(layers))
+        self.attentions = nn.ModuleList(transformer(channels) for _ in range(layers if transformer else 0))
+        self.downsamplers = nn.ModuleList([] if padding is None else [Downsample(channels, padding)])
+
+    def forward(self, x, temb=None, *context):
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            x = self.attentions[i](x, *context) if self.attentions else x
+            skips.append(x)
+        for down in self.downsamplers:
+            x = down(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """ResNet block, attention (if `attention` makes one), ResNet block."""
+
+    def __init__(self, channels, resnet, attention=None):
+        super().__init__()
+        self.resnets = nn.ModuleList([resnet(channels, channels), resnet(channels, channels)])
+        self.attentions = nn.ModuleList([attention(channels)] if attention else [])
+
+    def forward(self, x, temb=None, *context):
+        x = self.resnets[0](x, temb)
+        for attention in self.attentions:
+            x = attention(x, *context)
+        return self.resnets[1](x, temb)
+
+
+class UpBlock(nn.Module):
+    """ResNet blocks (+ transformers) of the given input widths, then Upsample if asked.
+
+    `forward` joins each input with one skip, the last first; the VAE's decoder has none.
+    """
+
+    def __init__(self, in_widths, channels, resnet, transformer=None, upsample=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnet(width, channels) for width in in_widths)
+        self.attentions = nn.ModuleList(transformer(channels) for _ in (in_widths if transformer else ()))
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
+
+    def forward(self, x, skips=(), size=None, temb=None, *context):
+        for i, resnet in enumerate(self.resnets):
+            x = torch.cat([x, skips[-1 - i]], dim=1) if skips else x
+            x = resnet(x, temb)
+            x = self.attentions[i](x, *context) if self.attentions else x
+        for up in self.upsamplers:
+            x = up(x, size)
+        return x
+
+
+class TimeEmbedding(nn.Module):
+    """t ↦ MLP([cos(t·ω), sin(t·ω)]), ω_k = 10000^(−k/half), k = 0 … half − 1; always in float32."""
+
+    def __init__(self, dim, out_dim):
+        super().__init__()
+        self.half = dim // 2
+        self.linear_1 = nn.Linear(dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, t, dtype):
+        k = torch.arange(self.half, dtype=torch.float32, device=t.device)
+        angle = t[:, None].float() * torch.exp(-math.log(10000) * k / self.half)
+        emb = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)  # (B, dim)
+        return self.linear_2(F.silu(self.linear_1(emb)))
+
+
+def checked(config, module, name):
+    """`config`, lists for tuples, with the defaults filled in; ValueError for what `module` does not implement."""
+    cfg = {key: list(x) if isinstance(x, tuple) else x for key, x in {**module.DEFAULTS, **config}.items()}
+    for key in cfg.keys() - module.DEFAULTS.keys():
+        if not key.startswith("_") and cfg[key] not in module.ONLY.get(key, (None, False)):
+            raise ValueError(f"{name}: {key} = {cfg[key]!r} is not implemented")
+    levels = [cfg[key] for key in ("block_out_channels", "down_block_types", "up_block_types")]
+    if not len(levels[0]) == len(levels[1]) == len(levels[2]):
+        raise ValueError(f"{name}: block_out_channels, down_block_types and up_block_types differ in length: {levels}")
+    if unknown := set(levels[1] + levels[2]) - set(module.BLOCKS):
+        raise ValueError(f"{name}: block {min(unknown)} is not implemented, only {', '.join(module.BLOCKS)}")
+    return {**cfg, "_class_name": name}
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t, c_τ, c_i), built from the keys of a published `unet/config.json` (UNet2DConditionModel).
+
+    Raises ValueError for a setting of Stable Diffusion's relatives that is not implemented here.
+    `gradient_checkpointing = True` trades time for memory in training: blocks are recomputed in the backward pass.
+    """
+
+    DEFAULTS = dict(  # Stable Diffusion 1.5's
+        sample_size=64, in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], norm_num_groups=32, norm_eps=1e-5,
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, cross_attention_dim=768, attention_head_dim=8,
+        use_linear_projection=False, upcast_attention=False, addition_embed_type_num_heads=64)  # two without effect
+    ONLY = dict(  # other settings: the implemented values, where they are not None and False
+        act_fn=["silu"], flip_sin_to_cos=[True], downsample_padding=[1], mid_block_type=["UNetMidBlock2DCrossAttn"],
+        mid_block_scale_factor=[1], transformer_layers_per_block=[1], resnet_out_scale_factor=[1], conv_in_kernel=[3],
+        resnet_time_scale_shift=["default"], time_embedding_type=["positional"], attention_type=["default"],
+        conv_out_kernel=[3])
+    BLOCKS = ["DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"]
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = cfg = checked(config, self, "UNet2DConditionModel")
+        widths, layers, groups = cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"]
+        temb_dim, top, heads = 4 * widths[0], len(widths) - 1, cfg["attention_head_dim"]  # sic: the number of heads
+        resnet = partial(ResnetBlock, groups=groups, eps=cfg["norm_eps"], temb_dim=temb_dim)
+
+        def transformer(level, kind):
+            h = heads if isinstance(heads, int) else heads[level]
+            maker = partial(Transformer2D, heads=h, context_dim=cfg["cross_attention_dim"], groups=groups,
+                            linear=cfg["use_linear_projection"])
+            return maker if kind.startswith("CrossAttn") else None
+
+        self.conv_in = nn.Conv2d(cfg["in_channels"], widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], temb_dim)
+        skips, self.down_blocks, self.up_blocks = [widths[0]], nn.ModuleList(), nn.ModuleList()
+        for i, kind in enumerate(cfg["down_block_types"]):
+            self.down_blocks.append(DownBlock(widths[max(i - 1, 0)], widths[i], layers, resnet, transformer(i, kind),
+                                              padding=1 if i < top else None))
+            skips += [widths[i]] * (layers + (i < top))
+        for i, kind in zip(reversed(range(top + 1)), cfg["up_block_types"]):
+            inputs = [widths[min(i + (n == 0), top)] + skips.pop() for n in range(layers + 1)]
+            self.up_blocks.append(UpBlock(inputs, widths[i], resnet, transformer(i, kind), upsample=i > 0))
+        self.mid_block = MidBlock(widths[top], resnet, transformer(top, "CrossAttn"))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=cfg["norm_eps"])
+        self.conv_out = nn.Conv2d(widths[0], cfg["out_channels"], 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def forward(self, x_t, t, c_t, c_i=None, lam=1.0):
+        """eps_hat = ε_θ(x_t, t, c_τ, c_i): the noise in x_t.
+
+        x_t (B, C, H, W) latents of any size; t: int or (B,) steps 0 … T−1; c_t (B, L, D) text tokens; c_i (B, M, D)
+        image tokens or None; lam: λ of eq. 3. Returns (B, C, H, W).
+        """
+        t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
+        context = F.silu(self.time_embedding(t, x_t.dtype)), c_t, c_i, lam
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *args: block(*args)
+        x = self.conv_in(x_t)
+        skips = [x]
+        for block in self.down_blocks:
+            x, new = run(block, x, *context)
+            skips += new
+        x = run(self.mid_block, x, *context)
+        for block in self.up_blocks:
+            n = len(block.resnets)
+            used, skips = skips[-n:], skips[:-n]
+            x = run(block, x, used, skips[-1].shape[2:] if skips else None, *context)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Encoder(nn.Module):
+    """Pixels to 2·latent_channels feature maps, the size halved between levels."""
+
+    def __init__(self, cfg, resnet, attention):
+        super().__init__()
+        widths, layers = cfg["block_out_channels"], cfg["layers_per_block"]
+        self.conv_in = nn.Conv2d(cfg["in_channels"], widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(widths[max(i - 1, 0)], width, layers, resnet, padding=0 if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths))
+        self.mid_block = MidBlock(widths[-1], resnet, attention)
+        self.conv_norm_out = nn.GroupNorm(cfg["norm_num_groups"], widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg["latent_channels"], 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x, _ = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels, the size doubled between levels."""
+
+    def __init__(self, cfg, resnet, attention):
+        super().__init__()
+        widths, layers = cfg["block_out_channels"][::-1], cfg["layers_per_block"]
+        self.conv_in = nn.Conv2d(cfg["latent_channels"], widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], resnet, attention)
+        self.up_blocks = nn.ModuleList(
+            UpBlock([widths[max(i - 1, 0)]] + [width] * layers, width, resnet, upsample=i < len(widths) - 1)
+            for i, width in enumerate(widths))
+        self.conv_norm_out = nn.GroupNorm(cfg["norm_num_groups"], widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], cfg["out_channels"], 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Gaussian(NamedTuple):
+    """N(mean, exp(logvar)), diagonal; both (B, C, h, w)."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor
+
+    def mode(self):
+        return self.mean
+
+    def sample(self, generator=None):
+        """μ + σ·ε, ε ~ N(0, I) drawn from `generator` (on its own device; None: PyTorch's global one)."""
+        device = self.mean.device if generator is None else generator.device
+        eps = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=device)
+        return self.mean + torch.exp(0.5 * self.logvar) * eps.to(self.mean.device)
+
+
+class AutoencoderKL(nn.Module):
+    """The VAE, built from the keys of a published `vae/config.json` (AutoencoderKL). ValueError as in UNet."""
+
+    DEFAULTS = dict(  # Stable Diffusion 1.5's
+        sample_size=512, in_channels=3, out_channels=3, block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4,
+        norm_num_groups=32, scaling_factor=0.18215, mid_block_add_attention=True, force_upcast=True)
+    ONLY = dict(act_fn=["silu"], use_quant_conv=[True], use_post_quant_conv=[True])
+    BLOCKS = ["DownEncoderBlock2D", "UpDecoderBlock2D"]
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = cfg = checked(config, self, "AutoencoderKL")
+        resnet = partial(ResnetBlock, groups=cfg["norm_num_groups"], eps=1e-6)
+        attention = partial(SpatialAttention, groups=cfg["norm_num_groups"]) if cfg["mid_block_add_attention"] else None
+        self.encoder = Encoder(cfg, resnet, attention)
+        self.decoder = Decoder(cfg, resnet, attention)
+        self.quant_conv = nn.Conv2d(2 * cfg["latent_channels"], 2 * cfg["latent_channels"], 1)
+        self.post_quant_conv = nn.Conv2d(cfg["latent_channels"], cfg["latent_channels"], 1)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [−1, 1] -> Gaussian(μ, log σ²), the posterior; log σ² clamped to [−30, 20]."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return Gaussian(mean, logvar.clamp(-30, 20))
+
+    def decode(self, z):
+        """z (B, C, h, w), unscaled -> pixels (B, 3, H, W), about [−1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+# Published weights. Single-file checkpoints carry no config; theirs is Stable Diffusion 1.5's.
+
+SD15 = {
+    "unet": {}, "vae": {},  # the DEFAULTS above
+    "text_encoder": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+    "scheduler": dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                      beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, clip_sample=False),
+}
+CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])  # OpenAI's
+FILES = {  # of each network: the stem of its weight file, its prefix in a single-file checkpoint
+    "unet": ("diffusion_pytorch_model", "model.diffusion_model."),
+    "vae": ("diffusion_pytorch_model", "first_stage_model."),
+    "text_encoder": ("model", "cond_stage_model.transformer."),
+    "image_encoder": ("model", None),
+}
+
+
+def diffusers_name(key, config):
+    """The name in diffusers' layout of a UNet or VAE tensor of a single-file checkpoint or of an older VAE file."""
+    layers, levels, kinds = config["layers_per_block"] + 1, len(config["block_out_channels"]), ["resnets", "attentions"]
+    for pattern, new in (
+        # the UNet: its blocks are counted through all levels
+        (r"^time_embed\.([02])", lambda m: f"time_embedding.linear_{int(m[1]) // 2 + 1}"),
+        (r"^input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
+        (r"^input_blocks\.(\d+)\.0\.op", lambda m: f"down_blocks.{int(m[1]) // layers - 1}.downsamplers.0.conv"),
+        (r"^input_blocks\.(\d+)\.([01])",
+         lambda m: f"down_blocks.{(int(m[1]) - 1) // layers}.{kinds[int(m[2])]}.{(int(m[1]) - 1) % layers}"),
+        (r"^output_blocks\.(\d+)\.[12]\.conv", lambda m: f"up_blocks.{int(m[1]) // layers}.upsamplers.0.conv"),
+        (r"^output_blocks\.(\d+)\.([01])",
+         lambda m: f"up_blocks.{int(m[1]) // layers}.{kinds[int(m[2])]}.{int(m[1]) % layers}"),
+        (r"^middle_block\.([012])", lambda m: f"mid_block.{kinds[int(m[1]) % 2]}.{int(m[1]) // 2}"),
+        (r"\.in_layers\.0", ".norm1"), (r"\.in_layers\.2", ".conv1"), (r"\.emb_layers\.1", ".time_emb_proj"),
+        (r"\.out_layers\.0", ".norm2"), (r"\.out_layers\.3", ".conv2"), (r"\.skip_connection", ".conv_shortcut"),
+        # the VAE: its decoder counts levels from the top
+        (r"^encoder\.down\.", "encoder.down_blocks."), (r"\.block\.(\d)", r".resnets.\1"),
+        (r"^decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}"),
+        (r"\.(down|up)sample\.conv", r".\1samplers.0.conv"), (r"\.nin_shortcut", ".conv_shortcut"),
+        (r"\.mid\.block_1", ".mid_block.resnets.0"), (r"\.mid\.block_2", ".mid_block.resnets.1"),
+        (r"coder\.norm_out", "coder.conv_norm_out"),
+        (r"\.mid\.attn_1\.norm", ".mid_block.attentions.0.group_norm"), (r"\.mid\.attn_1", ".mid_block.attentions.0"),
+        (r"\.0\.(q|k|v)(uery|ey|alue)?\.", r".0.to_\1."), (r"(coder.*attentions\.0)\.proj_(attn|out)", r"\1.to_out.0"),
+    ):
+        key = re.sub(pattern, new, key)
+    return key
+
+
+def clip_name(key, config=None):
+    """The name of a CLIP tensor without the prefix that published text encoders carry and transformers 5 does not."""
+    return key.removeprefix("text_model.")
+
+
+def read_json(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: a checkpoint has unet, vae, text_encoder, tokenizer and scheduler")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_tensors(path, prefix):
+    """Yield (name, tensor) of the names under `prefix`, memory-mapped: nothing is read before it is used.
+
+    `.safetensors`, or a pickle of plain tensors (`weights_only`); ValueError if it is neither.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            names, get = file.keys(), file.get_tensor
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            names = tensors = tensors.get("state_dict", tensors)
+            get = tensors.get
+        yield from ((name.removeprefix(prefix), get(name)) for name in names if name.startswith(prefix))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
+
+
+def build(kind, config, where, rename=clip_name, prefix="", device="cpu", dtype=torch.float32):
+    """A `kind` of network whose parameters *are* the tensors of a file: built on meta, so there is no second copy.
+
+    where: the file, or its folder. ValueError names the first tensor that is missing, misshapen or unexpected.
+    """
+    path = where if where.is_file() else weight_file(where, dtype)
+    with torch.device("meta"):
+        model = kind(**config) if kind in (UNet, AutoencoderKL) else kind(kind.config_class.from_dict(config))
+    expected = {name: list(p.shape) for name, p in model.state_dict().items()}
+    own, found, wrong = {rename(name, model.config): name for name in expected}, {}, []
+    for name, tensor in read_tensors(path, prefix):
+        mine = own.get(rename(name, model.config))
+        if mine and len(expected[mine]) == 2 and tensor.shape[2:] == (1, 1):
+            tensor = tensor.flatten(1)  # a 1×1 convolution that newer files hold as a matrix
+        if mine and list(tensor.shape) == expected[mine]:
+            found[mine] = tensor.to(device, dtype)
+        elif mine:
+            wrong.append(f"tensor {name} has shape {list(tensor.shape)}, but the config asks for {expected[mine]}")
+        elif not name.endswith("position_ids"):  # a constant that older transformers wrote
+            wrong.append(f"tensor {name} is unexpected: the config has no place for it")
+    if wrong := wrong or [f"tensor {name} is missing" for name in expected if name not in found]:
+        raise ValueError(f"{path}: {wrong[0]} ({len(wrong)} such in all): not the weights of this config, or not all")
+    model.load_state_dict(found, assign=True)
+    for module in model.modules():
+        if hasattr(module, "position_ids"):  # CLIP's one buffer, which files do not hold
+            module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
+    return model.eval()
+
+
+def weight_patterns(dtype):
+    """File names to look for, best first: safetensors before pickles, the fp16 variant first for half precision."""
+    variants = ["", ".fp16"] if dtype in (torch.float32, torch.float64) else [".fp16", ""]
+    return [f"*model{variant}.{ext}" for ext in ("safetensors", "bin") for variant in variants]
+
+
+def weight_file(folder, dtype):
+    for pattern in weight_patterns(dtype):
+        for path in folder.glob(pattern):
+            return path
+    raise FileNotFoundError(f"{folder / FILES[folder.name][0]}.safetensors is missing, and so are its other forms")
+
+
+def locate(path, parts, dtype):
+    """`path` if it exists, else the snapshot of that hub id with the weights of `parts` (HF_HUB_OFFLINE works)."""
+    if Path(path).exists():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        for pattern in weight_patterns(dtype):
+            wanted = ["*.json", "*.txt"] + [f"{part}/{pattern}" for part in parts]
+            folder = Path(snapshot_download(str(path), allow_patterns=wanted))
+            if all(any(folder.glob(f"{part}/{pattern}")) for part in parts):
+                break
+        return folder
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{path}: no such folder, and the hub did not give such a model: {reason}") from error
+
+
+def find_image_encoder(path, given, dtype):
+    """The folder of Γ_i: `given` (folder or hub id) or inside it; if None, in or beside the checkpoint, else None."""
+    places = [path, path.parent, path.parent / "IP-Adapter"]
+    if given:
+        places = [locate(given, ["models/image_encoder"], dtype)]
+    folders = [place / name for place in places for name in ("image_encoder", "models/image_encoder")]
+    for folder in folders + places * bool(given):
+        if (folder / "config.json").is_file():
+            return folder
+    if given:
+        raise FileNotFoundError(f"{given} holds no image encoder: image_encoder/config.json is missing")
+
+
+def load_tokenizer(folder):
+    from transformers import CLIPTokenizer  # which makes up an empty one if there are no files
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: vocab.json and merges.txt are missing")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def make_schedule(config):
+    """The Schedule of a published scheduler_config.json; ValueError for a kind that Stable Diffusion 1.x is not."""
+    for key, implemented in dict(prediction_type=["epsilon", None], trained_betas=[None],
+                                 beta_schedule=["linear", "scaled_linear"]).items():
+        if config.get(key) not in implemented:
+            raise ValueError(f"scheduler: {key} = {config.get(key)!r} is not implemented")
+    power = 2 if config["beta_schedule"] == "scaled_linear" else 1
+    ends = config["beta_start"] ** (1 / power), config["beta_end"] ** (1 / power)
+    return Schedule(torch.linspace(*ends, config["num_train_timesteps"], dtype=torch.float64) ** power)
+
+
+def like(x, module):
+    weight = next(module.parameters())
+    return x.to(weight.device, weight.dtype)
+
+
+class StableDiffusion:
+    """A checkpoint: unet, vae, text_encoder (Γ_τ), tokenizer, image_encoder (Γ_i, may be None), schedule.
+
+    `scheduler` and `preprocessor` are the contents of the published JSON files.
+    """
+
+    def __init__(self, unet, vae, text_encoder, tokenizer, image_encoder=None, scheduler=SD15["scheduler"],
+                 preprocessor=CLIP):
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.image_encoder, self.preprocessor = image_encoder, preprocessor
+        self.scheduler, self.schedule = scheduler, make_schedule(scheduler)
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32, image_encoder=None, config=None):
+        """Read a checkpoint: a folder in diffusers' layout, a hub id, or a single .safetensors or .ckpt file.
+
+        image_encoder: folder or hub id (h94/IP-Adapter) of Γ_i; default: the one in or beside the checkpoint, if any.
+        config: for a single file, folder or hub id of its tokenizer and, if it is not SD 1.5, of its config.json files.
+        FileNotFoundError names a missing part, ValueError a tensor or setting that does not fit.
+        """
+        from transformers import CLIPTextModel, CLIPVisionModelWithProjection  # here, because it takes seconds
+
+        path = locate(path, ["unet", "vae", "text_encoder"], dtype)
+        single = path.is_file()
+        root = locate(config or "openai/clip-vit-large-patch14", [], dtype) if single else path
+        to = dict(device=device, dtype=dtype)
+
+        def settings(name, file="config.json"):
+            return SD15[name] if single and not (root / name / file).is_file() else read_json(root / name / file)
+
+        def network(name, kind, rename):
+            where, prefix = (path, FILES[name][1]) if single else (path / name, "")
+            return build(kind, settings(name), where, rename, prefix, **to)
+
+        unet, vae = network("unet", UNet, diffusers_name), network("vae", AutoencoderKL, diffusers_name)
+        text_encoder = network("text_encoder", CLIPTextModel, clip_name)
+        tokenizer = load_tokenizer(root if single and not (root / "tokenizer").is_dir() else root / "tokenizer")
+        vision, preprocessor = None, CLIP
+        if folder := find_image_encoder(path, image_encoder, dtype):
+            vision = build(CLIPVisionModelWithProjection, read_json(folder / "config.json"), folder, **to)
+            for file in (folder / "preprocessor_config.json", root / "feature_extractor/preprocessor_config.json"):
+                preprocessor = read_json(file) if file.is_file() else preprocessor
+        scheduler = settings("scheduler", "scheduler_config.json")
+        return cls(unet, vae, text_encoder, tokenizer, vision, scheduler, preprocessor)
+
+    def save(self, folder, dtype=torch.float16):
+        """Write `folder` in the published layout, which diffusers opens; whatever else is in it stays.
+
+        Everything is written under a temporary name first; then each part takes the old one's place.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            old.mkdir()
+            self.write(new, dtype)
+            for part in new.iterdir():
+                if (folder / part.name).exists():
+                    (folder / part.name).rename(old / part.name)
+                part.rename(folder / part.name)
+
+    def write(self, folder, dtype):
+        index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", self.scheduler["_class_name"]],
+                 "tokenizer": ["transformers", "CLIPTokenizer"], "feature_extractor": [None, None],
+                 "image_encoder": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+        for name, (stem, _) in FILES.items():
+            if (net := getattr(self, name)) is None:
+                continue
+            ours, prefix = isinstance(net.config, dict), "text_model." if name == "text_encoder" else ""
+            index[name] = ["diffusers", net.config["_class_name"]] if ours else ["transformers", type(net).__name__]
+            write_json(folder / name / "config.json", net.config if ours else net.config.to_diff_dict())
+            tensors = {prefix + clip_name(k): x.to("cpu", dtype).contiguous() for k, x in net.state_dict().items()}
+            save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
+            backend.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt, which transformers 5 leaves out
+        write_json(folder / "scheduler/scheduler_config.json", self.scheduler)
+        if self.image_encoder is not None:
+            index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+            size = self.image_encoder.config.image_size
+            write_json(folder / "feature_extractor/preprocessor_config.json", {
+                **self.preprocessor, "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size},
+                "crop_size": {"height": size, "width": size}})
+        write_json(folder / "model_index.json", index)
+
+    @property
+    def image_size(self):
+        """Side of the pictures in pixels: the UNet's latents times the VAE's reduction."""
+        return self.unet.config["sample_size"] * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts):
+        """c_τ = Γ_τ(τ): last hidden states after the final LayerNorm, padded to the window (77 tokens), no mask.
+
+        prompts: list of B strings; one that is too long is cut, with a warning. Returns (B, L, D).
+        """
+        window = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        for prompt, ids in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids):
+            if len(ids) > window:
+                text = f"prompt of {len(ids)} tokens cut to the text encoder's {window}: {prompt!r}"
+                warnings.warn(text, stacklevel=3)
+        fit = dict(padding="max_length", max_length=window, truncation=True, return_tensors="pt")
+        ids = self.tokenizer(prompts, **fit).input_ids.to(self.text_encoder.device)  # (B, L)
+        return self.text_encoder(ids).last_hidden_state
+
+    @torch.no_grad()
+    def encode_latents(self, images, generator=None):
+        """z_0 = s·(μ + σ·ε), N(μ, σ²) = VAE(x), s = `scaling_factor`, 0.18215 in Stable Diffusion.
+
+        images (B, 3, H, W) in [−1, 1] -> (B, C, h, w). ε ~ N(0, I) comes from `generator`; None: ε = 0, the mode.
+        """
+        posterior = self.vae.encode(like(images, self.vae))
+        return self.vae.config["scaling_factor"] * (posterior.sample(generator) if generator else posterior.mode())
+
+    @torch.no_grad()
+    def decode_latents(self, z):
+        """x = VAE⁻¹(z/s), clamped.   z (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]."""
+        return self.vae.decode(like(z, self.vae) / self.vae.config["scaling_factor"]).clamp(-1, 1)
+
+    @torch.no_grad()
+    def embed_images(self, images):
+        """Γ_i(x): the CLIP embeddings of photos, (B, 3, H, W) in [−1, 1] or a list of B PIL images -> (B, E).
+
+        ValueError if there is no image encoder.
+        """
+        return self.image_encoder(like(self.clip_pixels(images), self.image_encoder)).image_embeds
+
+    def clip_pixels(self, images):
+        """CLIP's preprocessing: shortest edge to the encoder's size S (bicubic), centre crop, normalise: (B, 3, S, S).
+
+        images, errors: as embed_images. PIL images come out exactly as from the published CLIPImageProcessor.
+        """
+        if self.image_encoder is None:
+            raise ValueError("the checkpoint has no image encoder: name the folder or hub id of one (h94/IP-Adapter)")
+        size = self.image_encoder.config.image_size
+
+        def shape(height, width):
+            return int(size * height / min(height, width)), int(size * width / min(height, width))
+
+        if isinstance(images, torch.Tensor):
+            resized = F.interpolate(images.float(), shape(*images.shape[2:]), mode="bicubic", antialias=True)
+            views = [resized.clamp(-1, 1) / 2 + 0.5]
+        else:
+            resized = [x.convert("RGB").resize(shape(x.height, x.width)[::-1], Image.BICUBIC) for x in images]
+            views = [torch.from_numpy(np.array(x)).permute(2, 0, 1)[None] / 255 for x in resized]
+        views = [x[..., (x.shape[2] - size) // 2 :, (x.shape[3] - size) // 2 :][..., :size, :size] for x in views]
+        mean, std = (views[0].new_tensor(self.preprocessor[key])[:, None, None] for key in ("image_mean", "image_std"))
+        return (torch.cat(views) - mean) / std
