@@ -233,7 +233,8 @@ def generate(sd, c_t, null_c_t, c_i=None, null_c_i=None, w=4.0, lam=1.0, steps=3
     """Pictures from noise: B prompts c_t (B, L, D) and image tokens c_i (B, M, D) -> (B, 3, H, W) in [−1, 1].
 
     null_c_t, null_c_i, w, lam: as in `guided_eps`; steps, sampler: as in `ddpm.sample`. Picture k starts from
-    the noise of seed + k, so it does not depend on how many are made at once.
+    the noise of seed + k, so it does not depend on how many are made at once (but for sampler="ddpm", which
+    draws noise at every step).
     """
     unet, side = sd.unet, sd.unet.config["sample_size"]
     x_T = torch.cat([torch.randn(1, unet.config["in_channels"], side, side, generator=torch.Generator().manual_seed(seed + k))
