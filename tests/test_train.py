@@ -1,0 +1,224 @@
+"""train.py: the loop resumes bit for bit, stops at NaN, trains the adapter alone; the base model is built whole."""
+
+import argparse
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+from ip_adapter import IPAdapter
+from unet import StableDiffusion
+
+ROOT = Path(train.__file__).parent
+
+
+def program(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    train.run(train.main)
+
+
+def options(**changes):
+    return argparse.Namespace(**{**dict(resume=False, seed=0, precision="fp32", device=torch.device("cpu"), accumulate=1,
+                                        every=2), **changes})
+
+
+def linear_task(trap=lambda step: None):
+    """Fit y = 2x: a loss whose randomness comes from the generator alone; `trap` sees the count of calls."""
+    torch.manual_seed(0)
+    module, calls = torch.nn.Linear(3, 3), [0]
+
+    def loss(batch, generator):
+        calls[0] += 1
+        x = torch.randn(batch, 3, generator=generator)
+        value = trap(calls[0])
+        return (module(x) - 2 * x).square().mean() * (1 if value is None else value)
+
+    return train.Task("linear", module, loss, lambda: 0.5)
+
+
+def weights(task):
+    return torch.cat([p.detach().flatten() for p in task.module.parameters()])
+
+
+def test_fit_learns_and_logs(tmp_path):
+    task = linear_task()
+    rows = train.fit(task, tmp_path, 300, 16, 1e-1, options(every=100))
+    assert rows[-1][1] < 0.2 * rows[1][1]
+    log = list(csv.DictReader(open(tmp_path / "linear.csv")))
+    assert [int(row["step"]) for row in log] == [0, 100, 200, 300] and float(log[1]["train"]) == pytest.approx(rows[1][1], rel=1e-5)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="nan at step 5.*lr"):
+        train.fit(linear_task(lambda call: float("nan") if call == 6 else None), tmp_path, 20, 4, 1e-2, options())
+    state = torch.load(tmp_path / "linear.pt", weights_only=True)
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["module"].values())
+
+
+def test_ctrl_c_finishes_the_step_and_resume_is_exact(tmp_path):
+    whole, cut = linear_task(), linear_task(lambda call: os.kill(os.getpid(), signal.SIGINT) if call == 5 else None)
+    train.fit(whole, tmp_path / "whole", 12, 4, 1e-2, options())
+    with pytest.raises(KeyboardInterrupt, match="step 5.*--resume"):
+        train.fit(cut, tmp_path / "cut", 12, 4, 1e-2, options())
+    rest = linear_task()
+    train.fit(rest, tmp_path / "cut", 12, 4, 1e-2, options(resume=True))
+    assert torch.equal(weights(whole), weights(rest))
+    logs = [[line.rsplit(",", 1)[0] for line in open(tmp_path / name / "linear.csv")] for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_accumulated_batches_are_averaged(tmp_path):
+    grads = []
+    for accumulate in (1, 4):
+        task = linear_task()
+        task.module.weight.register_hook(lambda g: grads.append(g.clone()))
+        train.fit(task, tmp_path / str(accumulate), 1, 4, 1e-2, options(accumulate=accumulate))
+    torch.testing.assert_close(grads[0] / 4, grads[1])   # the same first batch, a quarter of the weight
+    assert len(grads) == 5
+
+
+def test_learning_rate_warms_up_and_decays(tmp_path, monkeypatch):
+    rates = []
+    real = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), real(self, *a))[1])
+    train.fit(linear_task(), tmp_path, 400, 4, 1e-2, options(every=400))
+    assert rates[0] == pytest.approx(1e-4) and max(rates) < 1e-2 and rates[-1] == pytest.approx(1e-4, rel=0.05)
+
+
+WORDS = ["--people", 9, "--batch", 4, "--every", 2, "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tmp_path_factory):
+    """An uninterrupted run of six steps of the paper's method."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        program(patch, "--model", tiny_folder, "--steps", 6, "--out", "run", *WORDS)
+    return folder
+
+
+def test_adapter_run_leaves_adapter_log_and_picture(trained):
+    assert sorted(p.name for p in (trained / "run").iterdir()) == [
+        "adapter.csv", "adapter.pt", "ip-adapter.safetensors", "samples.png"]
+
+
+def test_only_the_adapter_trains_and_all_of_it(trained, tiny_folder):
+    sd = StableDiffusion.load(tiny_folder)
+    before = IPAdapter.load(tiny_folder / train.ADAPTER, sd.unet, "selfattn").state_dict()
+    after = load_file(trained / "run" / "ip-adapter.safetensors")
+    same = [name for name in after if torch.equal(after[name].float(), before[name].float())]
+    assert set(after) == set(before) and same == []
+    state = torch.load(trained / "run" / "adapter.pt", weights_only=True)
+    assert set(state["module"]) == set(after)           # the UNet is nowhere in it
+
+
+def test_kill_9_then_resume_is_bit_identical(trained, tiny_folder, workdir, monkeypatch):
+    words = ["--model", tiny_folder, "--out", "run", *WORDS]
+    (workdir / ".cache").symlink_to(trained / ".cache")
+    victim = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, words), "--steps", "6"], cwd=workdir,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint, deadline = workdir / "run" / "adapter.pt", time.time() + 100
+    while not checkpoint.exists() and time.time() < deadline:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert checkpoint.exists() and not (workdir / "run" / "ip-adapter.safetensors").exists()
+    program(monkeypatch, *words, "--steps", 6, "--resume")
+    a, b = (load_file(folder / "run" / "ip-adapter.safetensors") for folder in (trained, workdir))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_selfattn_starts_from_the_loss_of_average_pooling(trained, tiny_folder, monkeypatch):
+    monkeypatch.chdir(trained)
+    program(monkeypatch, "--model", tiny_folder, "--steps", 1, "--agg", "avg", "--out", "avg", *WORDS)
+    first = [next(csv.DictReader(open(trained / name / "adapter.csv")))["validation"] for name in ("run", "avg")]
+    assert float(first[0]) == pytest.approx(float(first[1]), rel=1e-5)
+
+
+def test_folder_of_photos_trains_with_few_photos_a_person(tiny_folder, photo_folder, workdir, monkeypatch, capsys):
+    program(monkeypatch, "--model", tiny_folder, "--data", photo_folder, "--steps", 2, "--out", "run", *WORDS)
+    assert (workdir / "run" / "samples.png").exists()
+    assert "unreadable" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("LFW_ROOT" not in os.environ, reason="LFW_ROOT names no folder of photos")
+def test_real_photos_train(tiny_folder, workdir, monkeypatch):
+    some = workdir / "some"
+    some.mkdir()
+    for name in ("Aaron_Peirsol", "Adam_Sandler", "Abdullah", "Ai_Sugiyama", "Alec_Baldwin", "Al_Pacino"):
+        (some / name).symlink_to(Path(os.environ["LFW_ROOT"]) / name)
+    program(monkeypatch, "--model", tiny_folder, "--data", some, "--steps", 2, "--out", "run", *WORDS)
+    assert (workdir / "run" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--data", "nowhere"], "nowhere"),
+    (["--model", "nowhere"], "nowhere"),
+    (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--out", "FILE/run"], "FILE"),
+    (["--batch", "0"], "--batch"),
+    (["--device", "tpu"], "tpu"),
+])
+def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, workdir, words, says):
+    (workdir / "FILE").write_text("a file")
+    words = ["--model", str(tiny_folder)] * ("--model" not in words) + words
+    with pytest.raises(SystemExit) as stop:
+        program(monkeypatch, *words, "--people", 9)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message.startswith("error: ") and says in message
+    assert sorted(p.name for p in workdir.iterdir() if p.name not in (".cache", "runs")) == ["FILE"]
+
+
+def test_unknown_aggregator_is_exit_2(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program(monkeypatch, "--agg", "median")
+    assert stop.value.code == 2 and "median" in capsys.readouterr().err
+
+
+def test_base_builds_a_folder_that_everything_opens(workdir, monkeypatch):
+    monkeypatch.setattr(train, "BASE", {name: (1, 8, 1e-4) for name in train.BASE})
+    program(monkeypatch, "--method", "base", "--people", 16, "--out", "tiny")
+    sd = StableDiffusion.load(workdir / "tiny")
+    IPAdapter.load(workdir / "tiny" / train.ADAPTER, sd.unet)
+    assert data.FeatureNet.load(workdir / "tiny" / "feature_net")
+    assert sum(f.stat().st_size for f in (workdir / "tiny").rglob("*")) < 20e6
+    z = sd.encode_latents(data.to_tensor(data.pixels(data.ToyFaces(16, seed=0))))
+    assert z.std().item() == pytest.approx(1, abs=0.05)
+    ids = sd.tokenizer("a photo of a sks person").input_ids
+    assert sd.tokenizer.convert_ids_to_tokens(ids)[5] == "sks</w>" and len(ids) == 8
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(workdir / "tiny", torch_dtype=torch.float32)
+    theirs = pipe.text_encoder(pipe.tokenizer(["hat, é"], padding="max_length", max_length=40, return_tensors="pt").input_ids)[0]
+    torch.testing.assert_close(sd.encode_prompts(["hat, é"]), theirs)
+
+
+def test_judge_is_only_asked_for_what_can_be_seen():
+    names = list(data.FeatureNet().heads)
+    labels = {name: 0 for name in names} | {"accessory": data.SCENE["accessory"].index("hat")}
+    classes, seen = train.label_tensors([labels])
+    assert [n for n, s in zip(names, seen[0]) if not s] == ["hair", "hair_colour"]
+    logits = {name: torch.zeros(1, k) for name, k in data.FeatureNet().heads.items()}
+    base = train.masked_cross_entropy(logits, classes, seen)
+    logits["hair"] = torch.tensor([[-50.0] + [50.0] * 5])
+    assert train.masked_cross_entropy(logits, classes, seen) == base
+    logits["eyes"] = torch.tensor([[-50.0, 50, 50, 50]])
+    assert train.masked_cross_entropy(logits, classes, seen) > base
+
+
+def test_worn_pictures_are_shifted_whole():
+    images = torch.zeros(8, 3, 64, 64)
+    images[:, :, 30:33, 40:43] = 1
+    moved = train.worn(images, torch.Generator().manual_seed(0))
+    found = [divmod(int(m.mean(0).flatten().argmax()), 64) for m in moved]
+    assert len(set(found)) > 3 and all(abs(r - 31) <= 4 and abs(c - 41) <= 4 for r, c in found)

@@ -1,0 +1,503 @@
+"""Training: one visible loop for the base model, the adapters and DreamBooth (paper, sections 2, 3 and 4).
+
+    L = ‖ε − ε_θ(c_τ, c_i, t, z_t)‖²                                       (1)
+
+    python train.py --agg selfattn             the paper's method: leave-one-out on --data
+    python train.py --agg none | avg | max     the same loop with another aggregator
+    python train.py --method dreambooth --images DIR --noun man
+    python train.py --method base              weights/tiny from scratch, stage after stage
+
+A `Task` says what trains and what its loss is; `fit` is the loop for all of them. Every random number
+of step k comes from a generator seeded with (seed, k): a step depends on nothing before it but the
+weights and the optimiser, so --resume continues bit for bit.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from aggregators import AGGREGATORS
+from data import (LFW, Features, FeatureNet, ToyFaces, caption_of, leave_one_out, pixels, save_grid, split, to_tensor,
+                  visible, write_whole)
+from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate
+from unet import AutoencoderKL, StableDiffusion, UNet
+
+TINY = Path(__file__).parent / "weights" / "tiny"
+ADAPTER = "ip_adapter/ip-adapter_tiny.safetensors"   # in TINY, beside the model
+
+
+@dataclass
+class Task:
+    """What `fit` trains: all parameters of `module` that require gradients, by `loss(batch, generator)`."""
+
+    name: str
+    module: nn.Module
+    loss: Callable
+    validate: Callable   # () -> float, the same at every call
+
+
+def fit(task, out, steps, batch, lr, args):
+    """Train `task.module`; log to out/<name>.csv, checkpoint to out/<name>.pt every args.every steps.
+
+    AdamW, 100 steps of warm-up, then cosine decay to 1 % of lr; gradients clipped to norm 1. Returns the
+    log's rows (step, training loss, validation, seconds). ValueError at a loss that is not finite: the
+    checkpoint before it stays. Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, parameters = out / f"{task.name}.pt", [p for p in task.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    first, rows, window, spent = 0, [], [], 0.0
+    if args.resume and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        task.module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        first, rows, window, spent = state["step"], state["rows"], state["window"], state["spent"]
+    began = time.perf_counter() - spent
+
+    def validate(step):
+        with torch.inference_mode(), autocast(args):
+            rows.append([step, sum(window) / max(1, len(window)), task.validate(), time.perf_counter() - began])
+        window.clear()
+
+    def save(step):
+        state = dict(module=task.module.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                     step=step, rows=rows, window=window, spent=time.perf_counter() - began)
+        write_whole(checkpoint, lambda path: torch.save(state, path))
+        lines = ["step,train,validation,seconds"] + [",".join(f"{v:.6g}" for v in row) for row in rows]
+        write_whole(out / f"{task.name}.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+
+    if first == 0:
+        validate(0)
+    bar = tqdm(range(first, steps), task.name, initial=first, total=steps, mininterval=1, smoothing=0.05)
+    with interruptible() as interrupted:
+        for step in bar:
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(args.accumulate):
+                with autocast(args):
+                    loss = task.loss(batch, generator) / args.accumulate
+                if not torch.isfinite(loss):
+                    raise ValueError(f"{task.name}: the loss is {loss.item()} at step {step}; {checkpoint} holds the last "
+                                     "good state. Try a smaller --lr or --precision fp32, then --resume")
+                scaler.scale(loss).backward()
+                window.append(loss.item() * args.accumulate)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            if (step + 1) % args.every == 0 or step + 1 == steps:
+                validate(step + 1)
+                bar.set_postfix_str(f"loss {rows[-1][1]:.4f}, validation {rows[-1][2]:.4f}")
+            if (step + 1) % args.every == 0 or step + 1 == steps or interrupted():
+                save(step + 1)
+            if interrupted():
+                bar.close()
+                raise KeyboardInterrupt(f"stopped at step {step + 1}; the same command with --resume goes on from there")
+    return rows
+
+
+class interruptible:
+    """Inside, Ctrl-C only sets a flag that the loop asks for: no step is cut in half."""
+
+    def __enter__(self):
+        self.flag = False
+        self.old = signal.signal(signal.SIGINT, self.set)
+        return lambda: self.flag
+
+    def set(self, *_):
+        self.flag = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.old)
+
+
+def autocast(args):
+    """float32 as it is; bf16 and fp16 under autocast."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    return torch.autocast(args.device.type, dtype) if dtype else nullcontext()
+
+
+# --------------------------------------------------------------------------- the adapters
+
+def noised_loss(sd, z_0, c_t, c_i, generator):
+    """Eq. 1 for one batch: t ~ U{0…T−1} and ε ~ N(0, I) drawn from `generator`."""
+    t = torch.randint(len(sd.schedule.beta), (len(z_0),), generator=generator)
+    eps = torch.randn(z_0.shape, generator=generator)
+    return adapter_loss(sd.unet, z_0, t.to(z_0.device), eps.to(z_0), c_t, c_i, sd.schedule)
+
+
+def fixed_validation(sd, held, tokens, device, photos=192):
+    """() -> eq. 1 on people held out: the same targets, references, prompts, t and ε at every call."""
+    target, references = leave_one_out(held.groups, photos, torch.Generator().manual_seed(0))
+
+    def validate():
+        generator, losses = torch.Generator().manual_seed(1), []
+        for i, refs in zip(target.split(64), references.split(64)):
+            c_t, c_i = held.c_t[held.prompt[i]].to(device), tokens(held.embeds[refs].to(device))
+            losses.append(noised_loss(sd, held.z_0[i].to(device), c_t, c_i, generator).item())
+        return sum(losses) / len(losses)
+
+    return validate
+
+
+def adapter_task(name, sd, adapter, features, held, device, alone=False):
+    """Eq. 1 leave-one-out; `alone`: every photo is its own and only reference, as the original IP-Adapter trains."""
+    null_c_t = features.null_c_t.to(device)
+
+    def loss(batch, generator):
+        if alone:
+            target = torch.randint(len(features.z_0), (batch,), generator=generator)
+            references = target[:, None]
+        else:
+            target, references = leave_one_out(features.groups, batch, generator)
+        c_t, embeds = features.c_t[features.prompt[target]].to(device), features.embeds[references].to(device)
+        c_t, embeds = drop_conditions(c_t, embeds, null_c_t, 0.05, generator)
+        return noised_loss(sd, features.z_0[target].to(device), c_t, adapter.tokens(embeds), generator)
+
+    return Task(name, adapter, loss, fixed_validation(sd, held, adapter.tokens, device))
+
+
+def dataset(args, size):
+    """--data -> (training people, test people, cache key)."""
+    source = ToyFaces(args.people or 1200, seed=1, size=size) if args.data == "toy" else LFW(args.data, size)
+    train_people, test_people = split(source.people)
+    return train_people, test_people, source.key
+
+
+def train_adapter(args):
+    """The paper's section 3.5 (selfattn), and its controls: an adapter trained leave-one-out from --init."""
+    out, device = args.out or Path("runs") / args.agg, args.device
+    out.mkdir(parents=True, exist_ok=True)
+    sd = StableDiffusion.load(args.model, device)
+    init = args.init or Path(args.model) / ADAPTER
+    adapter = IPAdapter.load(init, sd.unet, agg=args.agg)
+    people, test_people, key = dataset(args, sd.image_size)
+    with autocast(args):
+        features, held = Features(sd, people, key), Features(sd, test_people[:100], key)
+    if not held.groups or max(map(len, held.groups)) < 2:
+        raise ValueError(f"{args.data}: too few people with two photos to hold any out for validation")
+    vae, sd.vae, sd.text_encoder, sd.image_encoder = sd.vae.cpu(), None, None, None   # their work is cached
+    sd.unet.gradient_checkpointing = args.checkpointing
+    task = adapter_task("adapter", sd, adapter, features, held, device)
+    rows = fit(task, out, args.steps or 400, args.batch, args.lr, args)
+    path = out / "ip-adapter.safetensors"
+    adapter.save(path, {"model": str(args.model), "data": str(args.data), "steps": str(args.steps), "seed": str(args.seed)})
+    print(f"validation loss {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s\nwrote {path}, {out}/adapter.csv")
+    sd.vae = vae.to(device)
+    picture(sd, adapter, held, out / "samples.png", args)
+
+
+@torch.inference_mode()
+def picture(sd, adapter, held, path, args, people=6):
+    """The references of a few held-out people, the removed photo, and what the adapter makes of its prompt."""
+    target, references = leave_one_out(held.groups[:people], people, torch.Generator().manual_seed(0))
+    c_t, c_i = held.c_t[held.prompt[target]].to(args.device), adapter.tokens(held.embeds[references].to(args.device))
+    null_c_i = adapter.tokens(torch.zeros_like(held.embeds[references[:1]]).to(args.device))
+    with autocast(args):
+        made = generate(sd, c_t, held.null_c_t.to(args.device), c_i, null_c_i, seed=args.seed)
+    shown = sd.decode_latents(held.z_0[torch.cat([references, target[:, None]], 1).flatten()].to(args.device))
+    rows = [list(r) + [m] for r, m in zip(shown.unflatten(0, (people, -1)), made)]
+    save_grid(path, rows, [f"reference {k + 1}" for k in range(9)] + ["removed", "generated"])
+    print(f"wrote {path}")
+
+
+# --------------------------------------------------------------------------- the base model, stage by stage
+
+BASE = {  # stage: steps, batch, learning rate
+    "vae": (1500, 32, 2e-3),
+    "vae_sharp": (2000, 16, 1e-3),   # more, smaller steps for the same time
+    "clip": (900, 192, 1e-3),
+    "feature_net": (700, 64, 1e-3),
+    "unet": (3400, 64, 1e-3),
+    "ip_adapter": (900, 64, 1e-3),
+}
+
+
+def tokenizer_of(captions, window):
+    """A CLIP tokenizer (byte-level BPE, lower case) whose merges come from `captions`."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import CLIPTokenizer
+
+    special, letters = ["<|startoftext|>", "<|endoftext|>"], sorted(ByteLevel.alphabet())
+    backend = CLIPTokenizer().backend_tokenizer
+    backend.train_from_iterator(captions, BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=letters,
+                                                     end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(m) for m in json.loads(backend.to_str())["model"]["merges"]]
+    words = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + special   # as in OpenAI's file
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=window)
+
+
+def tiny_world(captions, device):
+    """A StableDiffusion of the tiny scale with random weights: 64 × 64 pixels, latents 4 × 16 × 16."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    vae = AutoencoderKL(
+        sample_size=64, block_out_channels=[32, 64, 64], latent_channels=4, layers_per_block=1, norm_num_groups=16,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        mid_block_add_attention=False)
+    tokenizer = tokenizer_of(captions, window=40)
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=40, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        image_size=64, patch_size=8, hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=5,
+        projection_dim=128))
+    unet = UNet(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=[64, 128], layers_per_block=1,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
+    return StableDiffusion(unet.to(device), vae.to(device), text.to(device), tokenizer, vision.to(device))
+
+
+def vae_task(name, sd, x, held_out, device):
+    """L1 on pixels and on their gradients (edges are what identity is made of), and a little KL."""
+    vae = sd.vae
+
+    def edges(a, b):
+        return F.l1_loss(a.diff(dim=3), b.diff(dim=3)) + F.l1_loss(a.diff(dim=2), b.diff(dim=2))
+
+    def loss(batch, generator):
+        i = torch.randint(len(x), (batch,), generator=generator)
+        images = to_tensor(x[i]).to(device)
+        q = vae.encode(images)
+        mean, logvar = q.mean.float(), q.logvar.float()
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        y = vae.decode(mean + torch.exp(0.5 * logvar) * noise).float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(y, images) + edges(y, images) + 1e-4 * kl
+
+    def validate():   # PSNR in dB
+        images = to_tensor(held_out[:256]).to(device)
+        y = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(64)]).float().clamp(-1, 1)
+        return 10 * math.log10(4 / F.mse_loss(y, images).item())
+
+    return Task(name, vae, loss, validate)
+
+
+def clip_task(sd, x, labels, held_out, held_labels, device):
+    """The contrastive loss of CLIP between photos and captions that name some traits and parts of the scene."""
+    for part in (sd.text_encoder, sd.image_encoder):
+        part.set_attn_implementation("eager")   # twice as fast as the fused kernel, whose backward is slow on CPUs
+    scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), device=device))
+    module = nn.ModuleDict({"text": sd.text_encoder, "vision": sd.image_encoder})
+    module.register_parameter("scale", scale)
+
+    def similarity(images, captions):
+        ids = sd.tokenizer(captions, padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
+        c = F.normalize(sd.text_encoder(ids.to(device)).pooler_output.float(), dim=1)
+        i = F.normalize(sd.image_encoder(sd.clip_pixels(to_tensor(images).to(device))).image_embeds.float(), dim=1)
+        return i @ c.T * scale.exp().clamp(max=100)
+
+    def loss(batch, generator):
+        i = torch.randint(len(x), (batch,), generator=generator)
+        rng = np.random.default_rng(torch.randint(2**31, (1,), generator=generator).item())
+        logits = similarity(x[i], [caption_of(labels[k], rng) for k in i.tolist()])
+        target = torch.arange(len(i), device=device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def validate():   # share of 160 held-out photos that pick their own caption, each with five traits
+        rng = np.random.default_rng(0)
+        captions = [caption_of(one, rng, traits=5) for one in held_labels[:160]]
+        logits = similarity(held_out[:160], captions)
+        return (logits.argmax(1).cpu() == torch.arange(160)).float().mean().item()
+
+    return Task("clip", module, loss, validate)
+
+
+def feature_net_task(sd, x, labels, held_out, held_labels, device, precision):
+    """Cross-entropy of every attribute that can be seen, on photos and on their VAE round trips,
+    shifted, blurred and noisy: a judge must not depend on what only a real photo has."""
+    net = FeatureNet().to(device)
+    classes, seen = label_tensors(labels)
+    held_classes, held_seen = label_tensors(held_labels)
+    trips = []   # made when first asked for: a finished stage needs none
+
+    def loss(batch, generator):
+        if not trips:
+            with torch.inference_mode(), precision:
+                trips.extend(y for part in tqdm(x[:6000].split(64), "round trips", leave=False) for y in round_trip(sd, part))
+        i = torch.randint(len(x), (batch,), generator=generator)
+        i[::2] %= len(trips)
+        images = to_tensor(x[i]).to(device)
+        images[::2] = to_tensor(torch.stack([trips[k] for k in i[::2]])).to(device)
+        return masked_cross_entropy(net(worn(images, generator)), classes[i].to(device), seen[i].to(device))
+
+    def validate():   # share of right answers
+        logits = net(to_tensor(held_out).to(device))
+        right = torch.stack([v.argmax(1).cpu() for v in logits.values()], 1) == held_classes
+        return right[held_seen].float().mean().item()
+
+    return Task("feature_net", net, loss, validate)
+
+
+def label_tensors(labels):
+    """List of n label dicts -> classes (n, A) and seen (n, A), whether the accessory leaves it visible."""
+    names = list(FeatureNet().heads)
+    return (torch.tensor([[one[k] for k in names] for one in labels]),
+            torch.tensor([[k in visible(one) for k in names] for one in labels]))
+
+
+def masked_cross_entropy(logits, classes, seen):
+    each = torch.stack([F.cross_entropy(v.float(), classes[:, k], reduction="none") for k, v in enumerate(logits.values())], 1)
+    return each[seen].mean()
+
+
+def worn(images, generator):
+    """Shifted by up to 3 pixels; half of them blurred, all a little noisy."""
+    b, s = len(images), images.shape[-1]
+    dx, dy = torch.randint(0, 7, (2, b), generator=generator).to(images.device)
+    grid = torch.arange(s, device=images.device)
+    padded = F.pad(images, (3, 3, 3, 3), "replicate")
+    rows, cols = (dy[:, None] + grid)[:, None, :, None], (dx[:, None] + grid)[:, None, None, :]
+    images = padded[torch.arange(b, device=images.device)[:, None, None, None],
+                    torch.arange(3, device=images.device)[None, :, None, None], rows, cols]
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), "replicate"), 3, stride=1)
+    amount = torch.rand(b, 1, 1, 1, generator=generator).to(images.device)
+    images = torch.lerp(images, blurred, (2 * amount - 1).clamp(min=0))
+    return images + 0.05 * torch.randn(images.shape, generator=generator).to(images.device)
+
+
+def round_trip(sd, x):
+    """uint8 photos (B, 3, H, W) -> their VAE round trips, uint8."""
+    y = sd.decode_latents(sd.encode_latents(to_tensor(x).to(next(sd.vae.parameters()).device)))
+    return ((y.float().cpu() + 1) * 127.5).round().byte()
+
+
+def unet_task(sd, features, labels, held, device):
+    """Eq. 1 without image tokens: text to image on captions, one in ten of them empty."""
+    null_c_t = features.null_c_t.to(device)
+
+    def loss(batch, generator):
+        i = torch.randint(len(labels), (batch,), generator=generator)
+        rng = np.random.default_rng(torch.randint(2**31, (1,), generator=generator).item())
+        captions = [caption_of(labels[k], rng) if rng.random() > 0.1 else "" for k in i.tolist()]
+        with torch.no_grad():
+            c_t = sd.encode_prompts(captions).float()
+        return noised_loss(sd, features.z_0[i].to(device), c_t, None, generator)
+
+    return Task("unet", sd.unet, loss, fixed_validation(sd, held, lambda embeds: None, device))
+
+
+def train_base(args):
+    """weights/tiny, from scratch: VAE, CLIP pair, FeatureNet, UNet, single-image IP-Adapter, in this order."""
+    out, device, runs = args.out or TINY, args.device, Path("runs/base")
+    people = args.people or 4000
+    faces, others = ToyFaces(people, seed=0), ToyFaces(min(people, 100), seed=1)   # `dataset` never uses seed 0
+    labels, held_labels = ([photo.labels for one in d.people for photo in one.photos] for d in (faces, others))
+    x, held_x = pixels(faces), pixels(others)
+    rng = np.random.default_rng(0)
+    words = ["man woman sks serious sad contemptuous disgusted frightened"]
+    sd = tiny_world([caption_of(one, rng) for one in labels[:5000]] + words * 100, device)
+
+    def stage(task):
+        for part in (sd.vae, sd.text_encoder, sd.image_encoder, sd.unet):
+            part.requires_grad_(False)
+        task.module.requires_grad_(True)
+        steps, batch, lr = BASE[task.name]
+        rows = fit(task, runs, args.steps or steps, batch, lr, args)
+        print(f"{task.name}: validation {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s")
+
+    for name in ("vae", "vae_sharp"):
+        stage(vae_task(name, sd, x, held_x, device))
+    with torch.inference_mode(), autocast(args):
+        z = torch.cat([sd.vae.encode(to_tensor(part).to(device)).mode().float() for part in x[:1024].split(64)])
+    sd.vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
+    stage(clip_task(sd, x, labels, held_x, held_labels, device))
+    judge = feature_net_task(sd, x, labels, held_x, held_labels, device, autocast(args))
+    stage(judge)
+    judge.module.save(out / "feature_net")
+    with autocast(args):
+        features, held = Features(sd, faces.people, faces.key), Features(sd, others.people, others.key)
+    stage(unet_task(sd, features, labels, held, device))
+    sd.save(out)
+    adapter = IPAdapter(sd.unet, features.embeds.shape[-1])
+    stage(adapter_task("ip_adapter", sd, adapter, features, held, device, alone=True))
+    (out / "ip_adapter").mkdir(exist_ok=True)
+    adapter.half().save(out / ADAPTER)
+    print(f"wrote {out}")
+
+
+# --------------------------------------------------------------------------- command line
+
+def pick_device(name):
+    """auto: cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"no device {name!r} on this machine; --device auto | cpu | cuda | mps") from None
+
+
+def pick_precision(name, device):
+    """auto: bf16 where the hardware has it, else fp16 on cuda and fp32 elsewhere."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def run(main):
+    """Call a program's main(): bad input is one clear line and exit code 2, Ctrl-C is 130, warnings are one line."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except KeyboardInterrupt as e:
+        sys.exit(print(e, file=sys.stderr) or 130)
+    except (ValueError, OSError) as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--method", choices=["adapter", "dreambooth", "base"], default="adapter", help="what to train")
+    parser.add_argument("--agg", choices=list(AGGREGATORS), default="selfattn", help="aggregator over the references")
+    parser.add_argument("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
+    parser.add_argument("--data", default="toy", help="toy, or a folder with one folder of photos a person")
+    parser.add_argument("--people", type=int, help="toy people to draw (default: 1200, two thirds of them to train on; base: 4000)")
+    parser.add_argument("--init", type=Path, help="adapter file to start from (default: the one shipped in --model)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: 400; --method base: each stage's own)")
+    parser.add_argument("--batch", type=int, default=64, help="pictures a step")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, far less memory")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints and validations")
+    parser.add_argument("--seed", type=int, default=0, help="decides every random number")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the forward pass")
+    parser.add_argument("--out", type=Path, help="folder for results (default: runs/<agg>; base: weights/tiny)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    args = parser.parse_args()
+    for name in ("batch", "accumulate", "every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: at least 1")
+    args.device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, args.device)
+    torch.manual_seed(args.seed)
+    {"adapter": train_adapter, "base": train_base}[args.method](args)
+
+
+if __name__ == "__main__":
+    run(main)
