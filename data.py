@@ -9,7 +9,7 @@ Two sources with one interface, `.people` -> list of `Person(name, noun, photos=
              often an accessory that hides part of the identity: sunglasses, a hat, a scarf).
              One photo cannot show the whole identity, several can.
   LFW        the Deep Funneled photos of a folder (`<Name>/<Name>_0001.jpg`), prompts from
-             `prompts.tsv` beside or above the folder, or else from a template.
+             `prompts.tsv` in or beside the folder, or else from a template.
 
 Then: the identity-disjoint split 2 : 1 (`split`), the frozen features of every photo, computed once
 and kept on disk (`Features`), the leave-one-out batches of eq. 1 (`leave_one_out`), and `FeatureNet`,
@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import math
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -465,7 +466,7 @@ def open_all(photos, chunk=4096):
 
     All cores open one chunk, then rest while it is used: drawing and encoding at once slow each other down.
     """
-    with get_context("fork" if os.name == "posix" else None).Pool() as pool, tqdm(total=len(photos), desc="photos", leave=False) as bar:
+    with get_context("fork" if sys.platform == "linux" else None).Pool() as pool, tqdm(total=len(photos), desc="photos", leave=False) as bar:
         for i in range(0, len(photos), chunk):
             for x in pool.map(_open, photos[i:i + chunk], chunksize=64):
                 yield x

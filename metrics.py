@@ -13,6 +13,7 @@ Both are computed and named. Features are float32, all statistics float64.
 """
 
 import argparse
+import hashlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,12 @@ from scipy.linalg.blas import dtrmm
 from torchvision.models.inception import Inception3
 from tqdm import tqdm
 
-from data import PICTURES, FeatureNet, to_tensor
-from train import pick_device, run
+from data import (IDENTITY, PICTURES, Features, FeatureNet, ToyFaces, cached, open_all, save_grid, split, to_tensor,
+                  write_whole)
+from ip_adapter import IPAdapter, generate
+from sample import DTYPE
+from train import ADAPTER, TINY, label_tensors, pick_device, pick_precision, round_trip, run
+from unet import StableDiffusion
 
 EPS = np.finfo(np.float64).eps
 
@@ -282,11 +287,110 @@ def compare_folders(args):
     print("| metric | value |\n|---|---|\n" + "\n".join(f"| {k} | {v:.6g} |" for k, v in rows.items()))
 
 
+# --------------------------------------------------------------------------- Table 1
+
+def methods(runs):
+    """Rows of Table 1: name -> (adapter file, aggregator), None for text only. Runs that are not there are left out."""
+    rows = {"IP-Adapter": (TINY / ADAPTER, "none"), "IP-Adapter + Max Pooling": (TINY / ADAPTER, "max"),
+            "IP-Adapter + Avg Pooling": (TINY / ADAPTER, "avg"), "IP-Adapter + Self-Attention": (runs / "selfattn", "selfattn"),
+            "text only": None}
+    rows |= {f"{agg}, trained like Self-Attention": (runs / agg, agg) for agg in ("none", "max", "avg", "concat")}
+    files = {name: row and (row[0] if row[0].suffix else row[0] / "ip-adapter.safetensors", row[1]) for name, row in rows.items()}
+    return {name: row for name, row in files.items() if row is None or row[0].is_file()}
+
+
+@torch.inference_mode()
+def make_pictures(sd, row, held, targets, references, args):
+    """One picture for every target photo: its prompt and the person's other photos -> uint8 (n, 3, H, W)."""
+    adapter, made = row and IPAdapter.load(row[0], sd.unet, row[1]), []
+    weights = next(sd.unet.parameters())
+    null_c_t = held.null_c_t.to(weights)
+    for i in tqdm(range(0, len(targets), args.batch), "pictures", leave=False):
+        c_t, c_i, null_c_i = held.c_t[held.prompt[targets[i:i + args.batch]]].to(weights), None, None
+        if adapter:
+            embeds = held.embeds[references[i:i + args.batch]].to(weights)
+            c_i, null_c_i = adapter.tokens(embeds), adapter.tokens(torch.zeros_like(embeds[:1]))
+        images = generate(sd, c_t, null_c_t, c_i, null_c_i, args.guidance, args.lam, args.steps, seed=args.seed + i)
+        made.append(((images.float().cpu() + 1) * 127.5).round().byte())
+    return torch.cat(made)
+
+
+@torch.inference_mode()
+def judged(judge, x, labels, device):
+    """uint8 pictures -> what `judge` says of each: features, p(y|x), shares of right identity and scene attributes.
+
+    Only attributes that the accessory of the prompt leaves visible are asked for (`data.visible`).
+    """
+    parts = [(*judge.read(images), torch.stack([v.argmax(1) for v in judge(images).values()], 1))
+             for images in (to_tensor(part).to(device) for part in x.split(64))]
+    features, probs, answers = (torch.cat(v).cpu() for v in zip(*parts))
+    truth, seen = label_tensors(labels)
+    right, n = (answers == truth) & seen, len(IDENTITY)
+    return {"features": features, "probs": probs, "identity": right[:, :n].sum(1) / seen[:, :n].sum(1),
+            "prompt": right[:, n:].sum(1) / seen[:, n:].sum(1)}
+
+
+def table_row(name, said, real, people, photos):
+    """One Markdown row; identity, prompt and FID with 95 % intervals over people."""
+    groups = torch.arange(people * photos).view(people, photos)
+
+    def interval(statistic, n=1000):
+        low, high = bootstrap_ci(groups, lambda g: statistic(torch.cat(g)), n)
+        return f"{statistic(groups.flatten()):.3g} ({low:.3g}–{high:.3g})"
+
+    def mean(key):
+        return interval(lambda i: float(said[key][i].double().mean()))
+
+    cells = [interval(lambda i: fid(real["features"], said["features"][i]), 100),
+             f"{kernel_distance(real['features'], said['features']):.3g}",
+             *(f"{inception_score(said['probs'], marginal):.2f}" for marginal in ("uniform", "empirical")),
+             mean("identity"), mean("prompt"), str(people * photos)]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def table(args):
+    """The paper's Table 1 on toy people that nobody trained on; rows that were made before are not made again."""
+    device, dtype = args.device, DTYPE[pick_precision("auto", args.device)]
+    sd, judge = StableDiffusion.load(TINY, device, dtype), ToyJudge.load(TINY / "feature_net").to(device)
+    faces = ToyFaces(1200, seed=1, size=sd.image_size)
+    _, people = split(faces.people)
+    tested, others = people[-args.people:], people[-2 * args.people:-args.people]   # the first hundred are for validation
+    held = Features(sd, tested, faces.key)
+    targets = torch.cat([group[:args.photos] for group in held.groups])
+    references = torch.stack([group[group != i] for group in held.groups for i in group[:args.photos]])
+    shots = [photo for person in tested for photo in person.photos[:args.photos]]
+    other_shots = [photo for person in others for photo in person.photos[:args.photos]]
+    weights = hashlib.sha256((TINY / "unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    labels, real = [shot.labels for shot in shots], torch.from_numpy(np.stack(list(open_all(shots))))
+    truth = judged(judge, real, labels, device)
+
+    def row(name, x, labels=labels):
+        lines.append(table_row(name, judged(judge, x, labels, device), truth, args.people, args.photos))
+        print(lines[-1], flush=True)
+
+    head = ["method", "FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑", "identity ↑", "prompt ↑", "N"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    print(f"features: {judge.name}\n\n" + "\n".join(lines))
+    sheet = {"a photo of the person": real}
+    for name, method in methods(args.runs).items():
+        adapter = method and hashlib.sha256(method[0].read_bytes()).hexdigest()
+        settings = (args.people, args.photos, args.guidance, args.lam, args.steps, args.seed, args.batch, dtype)
+        sheet[name] = cached(lambda: {"x": make_pictures(sd, method, held, targets, references, args)},
+                             "table", faces.key, weights, adapter, method and method[1], settings)["x"]
+        row(name, sheet[name])
+    row("VAE round trip of the real photos", torch.cat([round_trip(sd, part) for part in real.split(64)]))
+    row("photos of other people", torch.from_numpy(np.stack(list(open_all(other_shots)))), [s.labels for s in other_shots])
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out / "table.md", lambda part: part.write_text("\n".join(lines) + "\n"))
+    save_grid(args.out / "figure6.png", [list(to_tensor(x[: 8 * args.photos: args.photos])) for x in sheet.values()], captions=list(sheet))
+    print(f"wrote {args.out}/table.md and figure6.png")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="FID, KID and IS of two folders of pictures",
+    parser = argparse.ArgumentParser(description="FID, KID and IS of two folders of pictures, or the paper's Table 1",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("real", metavar="REAL_DIR", help="folder of real pictures")
-    parser.add_argument("generated", metavar="GENERATED_DIR", help="folder of generated pictures")
+    parser.add_argument("real", metavar="REAL_DIR", nargs="?", help="folder of real pictures")
+    parser.add_argument("generated", metavar="GENERATED_DIR", nargs="?", help="folder of generated pictures")
     parser.add_argument("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid; "
                         "without it the one in torch.hub's cache, else the tiny world's FeatureNet")
     parser.add_argument("--resize", choices=InceptionV3.RESIZE, default="pytorch-fid", help="whose resize to 299 x 299")
@@ -294,9 +398,22 @@ def main():
     parser.add_argument("--batch", type=int, default=32, help="pictures at once")
     parser.add_argument("--seed", type=int, default=2020, help="of the shuffle before the splits")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--table", action="store_true", help="Table 1 on people of the toy world that nobody trained on")
+    parser.add_argument("--people", type=int, default=64, help="--table: people")
+    parser.add_argument("--photos", type=int, default=5, help="--table: pictures a person")
+    parser.add_argument("--guidance", type=float, default=4.0, help="--table: classifier-free guidance w")
+    parser.add_argument("--lam", type=float, default=1.0, help="--table: weight λ of the references")
+    parser.add_argument("--steps", type=int, default=30, help="--table: UNet evaluations a picture")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="--table: folder of the trained adapters")
+    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="--table: folder for table.md and figure6.png")
     args = parser.parse_args()
     args.device = pick_device(args.device)
-    compare_folders(args)
+    if args.table:
+        table(args)
+    elif args.real and args.generated:
+        compare_folders(args)
+    else:
+        raise ValueError("name two folders, REAL_DIR and GENERATED_DIR, or ask for --table")
 
 
 if __name__ == "__main__":

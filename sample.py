@@ -19,6 +19,7 @@ from PIL import ImageOps
 
 from aggregators import AGGREGATORS, fit_references
 from data import ToyFaces, load_image, save_grid, split, to_tensor
+from dreambooth import load_lora
 from ip_adapter import IPAdapter, generate
 from train import ADAPTER, TINY, pick_device, pick_precision, run
 from unet import StableDiffusion
@@ -58,6 +59,7 @@ def main():
     parser.add_argument("--adapter", type=Path, help="adapter file (default: the newest in runs/, or the shipped one)")
     parser.add_argument("--refs", type=Path, nargs="+", help="reference photos of one person (default: an unseen toy person)")
     parser.add_argument("--agg", choices=list(AGGREGATORS), help="use the adapter's weights with another aggregator")
+    parser.add_argument("--lora", type=Path, help="LoRA file to merge into the UNet, of --method dreambooth or diffusers")
     parser.add_argument("--prompt", help="what to show (default: the scene of the person's tenth photo)")
     parser.add_argument("--negative", default="", help="what not to show")
     parser.add_argument("--lam", type=float, default=1.0, help="weight λ of the references; 0 is text only")
@@ -76,10 +78,12 @@ def main():
     dtype = DTYPE[pick_precision(args.precision, device)]
 
     sd = StableDiffusion.load(args.model, device, dtype)
+    if args.lora:
+        load_lora(args.lora, sd)
     path, references, prompt = find_adapter(args.model, args.adapter), [], args.prompt
     if args.refs:
         references = [load_image(p) for p in args.refs]
-    elif path and Path(args.model) == TINY:
+    elif path and Path(args.model) == TINY and not args.lora:
         references, scene = unseen_person(args.seed, sd.image_size)
         prompt = prompt or scene
     if prompt is None:
@@ -87,6 +91,7 @@ def main():
     if references and path is None:
         raise ValueError(f"{args.model} comes without an adapter: name one with --adapter")
 
+    args.out.parent.mkdir(parents=True, exist_ok=True)   # before the work, not after it
     c_i = null_c_i = None
     if references:
         adapter = IPAdapter.load(path, sd.unet, args.agg)

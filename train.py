@@ -34,6 +34,8 @@ from tqdm import tqdm
 from aggregators import AGGREGATORS
 from data import (LFW, Features, FeatureNet, ToyFaces, caption_of, leave_one_out, pixels, save_grid, split, to_tensor,
                   visible, write_whole)
+from dreambooth import (add_lora, check_identifier, class_images, encode_with_gradient, latents, photo_files,
+                        prior_preservation_loss, prompts, save_lora)
 from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate
 from unet import AutoencoderKL, StableDiffusion, UNet
 
@@ -198,7 +200,7 @@ def train_adapter(args):
     vae, sd.vae, sd.text_encoder, sd.image_encoder = sd.vae.cpu(), None, None, None   # their work is cached
     sd.unet.gradient_checkpointing = args.checkpointing
     task = adapter_task("adapter", sd, adapter, features, held, device)
-    rows = fit(task, out, args.steps or 400, args.batch, args.lr, args)
+    rows = fit(task, out, args.steps or 400, args.batch or 64, args.lr or 1e-3, args)
     path = out / "ip-adapter.safetensors"
     adapter.save(path, {"model": str(args.model), "data": str(args.data), "steps": str(args.steps), "seed": str(args.seed)})
     print(f"validation loss {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s\nwrote {path}, {out}/adapter.csv")
@@ -209,14 +211,83 @@ def train_adapter(args):
 @torch.inference_mode()
 def picture(sd, adapter, held, path, args, people=6):
     """The references of a few held-out people, the removed photo, and what the adapter makes of its prompt."""
-    target, references = leave_one_out(held.groups[:people], people, torch.Generator().manual_seed(0))
+    generator, groups = torch.Generator().manual_seed(0), [group for group in held.groups if len(group) > 1][:people]
+    target, references = map(torch.cat, zip(*(leave_one_out([group], 1, generator) for group in groups)))
     c_t, c_i = held.c_t[held.prompt[target]].to(args.device), adapter.tokens(held.embeds[references].to(args.device))
     null_c_i = adapter.tokens(torch.zeros_like(held.embeds[references[:1]]).to(args.device))
     with autocast(args):
         made = generate(sd, c_t, held.null_c_t.to(args.device), c_i, null_c_i, seed=args.seed)
     shown = sd.decode_latents(held.z_0[torch.cat([references, target[:, None]], 1).flatten()].to(args.device))
-    rows = [list(r) + [m] for r, m in zip(shown.unflatten(0, (people, -1)), made)]
+    rows = [[*r, m] for r, m in zip(shown.unflatten(0, (len(groups), -1)), made)]
     save_grid(path, rows, [f"reference {k + 1}" for k in range(9)] + ["removed", "generated"])
+    print(f"wrote {path}")
+
+
+# --------------------------------------------------------------------------- DreamBooth
+
+def dreambooth_task(sd, module, texts, z_0, z_pr, args):
+    """Section 3.2: each step a batch of photos and, if there are any, as many class pictures."""
+    c_t = sd.encode_prompts(texts).float()   # (2, L, D)
+
+    def encode():
+        return (encode_with_gradient(sd, texts) if args.train_text_encoder else c_t).split(1)
+
+    def loss(batch, generator):
+        i = torch.randint(len(z_0), (batch,), generator=generator)
+        j = torch.randint(len(z_pr), (batch,), generator=generator) if len(z_pr) else i[:0]
+        t = torch.randint(len(sd.schedule.beta), (len(i) + len(j),), generator=generator)
+        eps = torch.randn(len(t), *z_0.shape[1:], generator=generator)
+        return prior_preservation_loss(sd.unet, z_0[i], z_pr[j], t.to(z_0.device), eps.to(z_0), *encode(), sd.schedule,
+                                       args.prior_weight)
+
+    def validate(draws=64):   # the first term alone: the same photos, t and ε at every call
+        shown, generator = z_0[torch.arange(draws) % len(z_0)], torch.Generator().manual_seed(1)
+        return noised_loss(sd, shown, encode()[0].expand(draws, -1, -1), None, generator).item()
+
+    return Task("dreambooth", module, loss, validate)
+
+
+def train_dreambooth(args):
+    """The paper's section 3.2: the UNet (and the text encoder, or only a LoRA) learns one person from a few photos."""
+    if not (args.images and args.noun):
+        raise ValueError("--method dreambooth needs --images, a folder of photos, and --noun, what they show")
+    if args.prior_weight < 0 or args.class_images < 1:
+        raise ValueError("--prior-weight cannot be negative, and --class-images must be at least 1")
+    if args.lora is not None and (args.lora < 1 or args.train_text_encoder):
+        raise ValueError("--lora takes a rank of at least 1, and trains the UNet only: without --train-text-encoder")
+    out, files, texts = args.out or Path("runs/dreambooth"), photo_files(args.images), prompts(args.identifier, args.noun)
+    sd, generator = StableDiffusion.load(args.model, args.device), torch.Generator().manual_seed(args.seed)
+    check_identifier(sd.tokenizer, args.identifier)
+    with autocast(args):
+        z_0 = latents(sd, files, generator)
+        z_pr = z_0[:0]
+        if args.prior_weight:
+            z_pr = latents(sd, class_images(sd, texts[1], out, args.class_images, args.seed), generator)
+    for network in (sd.unet, sd.vae, sd.text_encoder):
+        network.requires_grad_(False)
+    module = nn.ModuleDict({"unet": sd.unet, **({"text_encoder": sd.text_encoder} if args.train_text_encoder else {})})
+    module = add_lora(sd.unet, args.lora, generator=generator) if args.lora is not None else module.requires_grad_(True)
+    sd.unet.gradient_checkpointing = args.checkpointing
+    task = dreambooth_task(sd, module, texts, z_0, z_pr, args)
+    rows = fit(task, out, args.steps or 300, args.batch or 8, args.lr or 1e-4, args)
+    if args.lora is not None:
+        save_lora(sd.unet, out / "pytorch_lora_weights.safetensors")
+    else:
+        sd.save(out)
+    print(f"validation loss {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s\n"
+          f"wrote {out}{'' if args.lora is None else '/pytorch_lora_weights.safetensors'}, {out}/dreambooth.csv")
+    variations(sd, f"{args.identifier} {args.noun}", args.noun, out / "samples.png", args)
+
+
+def variations(sd, person, noun, path, args, seeds=4):
+    """A column each: the person, the class (what the prior preserved), the person in other scenes; a row each: a seed."""
+    columns = {"identity": f"a photo of a {person}", "class": f"a photo of a {noun}",
+               "hat": f"a photo of a smiling {person} wearing a hat, green background",
+               "sunglasses": f"a photo of a surprised {person} wearing sunglasses, blue background"}
+    with autocast(args):
+        *c_t, null_c_t = sd.encode_prompts([*columns.values(), ""]).float().split(1)
+        made = [generate(sd, c.expand(seeds, -1, -1), null_c_t, seed=args.seed) for c in c_t]
+    save_grid(path, [list(row) for row in zip(*made)], list(columns))
     print(f"wrote {path}")
 
 
@@ -478,10 +549,10 @@ def main():
     parser.add_argument("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     parser.add_argument("--people", type=int, help="toy people to draw (default: 1200, two thirds of them to train on; base: 4000)")
     parser.add_argument("--init", type=Path, help="adapter file to start from (default: the one shipped in --model)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: 400; --method base: each stage's own)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: 400; dreambooth: 300; base: each stage's own)")
+    parser.add_argument("--batch", type=int, help="pictures a step (default: 64; dreambooth: 8 photos and 8 of the class)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; dreambooth: 1e-4)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, far less memory")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints and validations")
     parser.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -489,14 +560,22 @@ def main():
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the forward pass")
     parser.add_argument("--out", type=Path, help="folder for results (default: runs/<agg>; base: weights/tiny)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    own = parser.add_argument_group("--method dreambooth")
+    own.add_argument("--images", type=Path, help="folder of photos of one person, one to hundreds")
+    own.add_argument("--noun", help="the class: man, woman, person, dog, …")
+    own.add_argument("--identifier", default="sks", help="rare word for the person")
+    own.add_argument("--prior-weight", type=float, default=1.0, help="λ of the class term; 0 is plain fine-tuning")
+    own.add_argument("--class-images", type=int, default=100, help="class pictures the original model makes first")
+    own.add_argument("--train-text-encoder", action="store_true", help="train it too")
+    own.add_argument("--lora", type=int, metavar="RANK", help="train only updates of this rank of the attention")
     args = parser.parse_args()
     for name in ("batch", "accumulate", "every"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: at least 1")
     args.device = pick_device(args.device)
     args.precision = pick_precision(args.precision, args.device)
     torch.manual_seed(args.seed)
-    {"adapter": train_adapter, "base": train_base}[args.method](args)
+    {"adapter": train_adapter, "dreambooth": train_dreambooth, "base": train_base}[args.method](args)
 
 
 if __name__ == "__main__":

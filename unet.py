@@ -407,7 +407,8 @@ def read_tensors(path, prefix):
             get = tensors.get
         yield from ((name.removeprefix(prefix), get(name)) for name in names if name.startswith(prefix))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{path} is not a readable weight file: {reason}") from error
 
 
 def build(kind, config, where, rename=clip_name, prefix="", device="cpu", dtype=torch.float32):
@@ -449,7 +450,8 @@ def weight_file(folder, dtype):
     for pattern in weight_patterns(dtype):
         for path in folder.glob(pattern):
             return path
-    raise FileNotFoundError(f"{folder / FILES[folder.name][0]}.safetensors is missing, and so are its other forms")
+    stem, _ = FILES.get(folder.name, FILES["image_encoder"])
+    raise FileNotFoundError(f"{folder / stem}.safetensors is missing, and so are its .fp16 and .bin forms")
 
 
 def locate(path, parts, dtype):

@@ -1,11 +1,13 @@
 """Metrics: closed forms, invariances, and parity with pytorch-fid, torch-fidelity and torchmetrics."""
 
+import shutil
 import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.models.inception import Inception3
 
@@ -487,3 +489,39 @@ def test_broken_judge_is_named_instead_of_nan(toy_judge, folders, command):
     toy_judge.head.bias.data[:] = torch.nan
     code, _, line = command(*folders)
     assert code == 2 and "not finite" in line
+
+
+def test_table_has_a_row_for_every_adapter_and_makes_none_twice(tiny_folder, workdir, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "TINY", tiny_folder)
+    (workdir / "runs/selfattn").mkdir(parents=True)
+    shutil.copy(tiny_folder / metrics.ADAPTER, workdir / "runs/selfattn/ip-adapter.safetensors")
+    words = "metrics.py --table --people 3 --photos 2 --steps 1 --device cpu --guidance 1".split()
+    monkeypatch.setattr(sys, "argv", words)
+    metrics.main()
+    table = (workdir / "runs/table/table.md").read_text()
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert names == ["IP-Adapter", "IP-Adapter + Max Pooling", "IP-Adapter + Avg Pooling", "IP-Adapter + Self-Attention",
+                     "text only", "VAE round trip of the real photos", "photos of other people"]
+    assert (workdir / "runs/table/figure6.png").exists() and "not comparable" in capsys.readouterr().out
+    monkeypatch.setattr(metrics, "generate", None)      # a second run makes no picture
+    metrics.main()
+    assert (workdir / "runs/table/table.md").read_text() == table
+
+
+def test_identity_counts_right_attributes_among_those_that_can_be_seen():
+    import data
+
+    class Oracle:
+        """Says class 0 everywhere."""
+        def read(self, images):
+            return torch.zeros(len(images), 4), torch.ones(len(images), 1)
+
+        def __call__(self, images):
+            return {k: F.one_hot(torch.zeros(len(images), dtype=torch.long), n) for k, n in data.FeatureNet().heads.items()}
+
+    labels = {k: 0 for k in (*data.IDENTITY, *data.SCENE)}
+    hat = data.SCENE["accessory"].index("hat")
+    cases = [labels, labels | {"eyes": 1}, labels | {"hair": 1}, labels | {"hair": 1, "accessory": hat}]
+    said = metrics.judged(Oracle(), torch.zeros(4, 3, 64, 64, dtype=torch.uint8), cases, "cpu")
+    assert torch.allclose(said["identity"], torch.tensor([1, 9 / 10, 9 / 10, 1]))
+    assert torch.allclose(said["prompt"], torch.tensor([1, 1, 1, 2 / 3]))

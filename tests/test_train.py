@@ -95,7 +95,7 @@ def test_learning_rate_warms_up_and_decays(tmp_path, monkeypatch):
     assert rates[0] == pytest.approx(1e-4) and max(rates) < 1e-2 and rates[-1] == pytest.approx(1e-4, rel=0.05)
 
 
-WORDS = ["--people", 9, "--batch", 4, "--every", 2, "--precision", "fp32"]
+WORDS = ["--people", 6, "--batch", 4, "--every", 2, "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, work
     (workdir / "FILE").write_text("a file")
     words = ["--model", str(tiny_folder)] * ("--model" not in words) + words
     with pytest.raises(SystemExit) as stop:
-        program(monkeypatch, *words, "--people", 9)
+        program(monkeypatch, *words, "--people", 6)
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and says in message
     assert sorted(p.name for p in workdir.iterdir() if p.name not in (".cache", "runs")) == ["FILE"]
@@ -188,12 +188,12 @@ def test_unknown_aggregator_is_exit_2(monkeypatch, capsys):
 
 def test_base_builds_a_folder_that_everything_opens(workdir, monkeypatch):
     monkeypatch.setattr(train, "BASE", {name: (1, 8, 1e-4) for name in train.BASE})
-    program(monkeypatch, "--method", "base", "--people", 16, "--out", "tiny")
+    program(monkeypatch, "--method", "base", "--people", 6, "--out", "tiny")
     sd = StableDiffusion.load(workdir / "tiny")
     IPAdapter.load(workdir / "tiny" / train.ADAPTER, sd.unet)
     assert data.FeatureNet.load(workdir / "tiny" / "feature_net")
     assert sum(f.stat().st_size for f in (workdir / "tiny").rglob("*")) < 20e6
-    z = sd.encode_latents(data.to_tensor(data.pixels(data.ToyFaces(16, seed=0))))
+    z = sd.encode_latents(data.to_tensor(data.pixels(data.ToyFaces(6, seed=0))))
     assert z.std().item() == pytest.approx(1, abs=0.05)
     ids = sd.tokenizer("a photo of a sks person").input_ids
     assert sd.tokenizer.convert_ids_to_tokens(ids)[5] == "sks</w>" and len(ids) == 8

@@ -139,13 +139,15 @@ def test_posterior_samples_have_its_mean_and_variance():
     assert abs(z.mean() - 3) < 0.03 and abs(z.var() - 2) < 0.05
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    unet, gradients = randomise(UNet(**OTHER)).requires_grad_(True), []
+def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_gradient():
+    unet, gradients, calls = randomise(UNet(**OTHER)).requires_grad_(True), [], []
+    unet.mid_block.register_forward_pre_hook(lambda *_: calls.append(unet.gradient_checkpointing))
     x_t, c_t = randn(B, 3, 6, 5), randn(B, L, D, seed=1)
     for unet.gradient_checkpointing in (False, True):
         unet.zero_grad()
         unet(x_t, 7, c_t).square().sum().backward()
         gradients.append([p.grad.clone() for p in unet.parameters()])
+    assert calls == [False, True, True]
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -460,8 +462,8 @@ def test_missing_misshapen_and_unexpected_tensors_are_named(folder, part, name):
 
 
 @pytest.mark.parametrize("gone", [
-    "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae", "text_encoder/model.safetensors", "tokenizer",
-    "scheduler"])  # fmt: skip
+    "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae", "text_encoder/model.safetensors",
+    "tokenizer", "scheduler"])  # fmt: skip
 def test_missing_parts_are_named(folder, gone):
     path = folder / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -514,6 +516,9 @@ def test_image_encoder_can_be_named(model, folder, tmp_path):
     assert_same(StableDiffusion.load(folder, image_encoder=tmp_path / "elsewhere"), model)
     with pytest.raises(FileNotFoundError, match="holds no image encoder"):
         StableDiffusion.load(folder, image_encoder=folder)
+    weights(tmp_path, "elsewhere").unlink()
+    with pytest.raises(FileNotFoundError, match="elsewhere/model.safetensors is missing"):
+        StableDiffusion.load(folder, image_encoder=tmp_path / "elsewhere")
 
 
 def test_missing_image_encoder_matters_only_when_used(model):
@@ -582,6 +587,13 @@ def test_clip_pixels_equal_the_published_image_processor(model, size, mode):
         assert (model.clip_pixels(x) - expected).abs().max() < 1.5 * grey_level
 
 
+def test_enlarged_tensors_stay_within_black_and_white(model):
+    x = torch.tensor([-1.0, 1.0]).repeat(4).expand(1, 3, 8, 8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in model.preprocessor.values())
+    pixels = model.clip_pixels(x) * std + mean
+    assert -1e-6 < pixels.min() < 0.1 and 0.9 < pixels.max() < 1 + 1e-6
+
+
 def test_embeddings_of_photos_and_of_tensors_agree_with_transformers(model, saved):
     from transformers import CLIPVisionModelWithProjection
 
@@ -626,6 +638,7 @@ def test_full_size_networks_equal_diffusers():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux reports it")
 def test_full_size_unet_is_loaded_without_a_second_copy(tmp_path):
     """3.4 GB on disk, and in memory once: only what the mapped file itself takes."""
     with torch.device("meta"):
@@ -633,11 +646,15 @@ def test_full_size_unet_is_loaded_without_a_second_copy(tmp_path):
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({name: torch.full(shape, 0.1) for name, shape in shapes.items()}, path)
     code = f"""if True:
-        import resource, sys, pathlib, unet
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        import pathlib, unet
+        def peak():
+            return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+        before = peak()
         net = unet.build(unet.UNet, {{}}, pathlib.Path({str(path)!r}), unet.diffusers_name)
         total = sum(p.double().sum().item() for p in net.parameters())
-        print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"""
+        print(peak() - before)"""
     root = Path(module.__file__).parent
     grown = int(subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True).stdout)
-    assert 0.9 < grown / path.stat().st_size < 1.1
+    size = path.stat().st_size
+    path.unlink()  # pytest keeps its temporary folders
+    assert 0.9 < grown / size < 1.1
