@@ -232,7 +232,7 @@ def draw_face(identity, scene, rng, size=64):
     return photographed(img, ground, rng, size)
 
 
-DRAWING = "".join(inspect.getsource(f) for name, f in list(globals().items()) if name.startswith(("draw_", "photographed")))
+DRAWING = "".join(inspect.getsource(f) for name, f in list(globals().items()) if name.startswith(("draw_", "photographed", "oval"))) + f"{FACE} {X} {EYES} {MOUTH}"
 
 
 def with_article(words):
@@ -486,10 +486,12 @@ class Features:
     different prompts with `prompt[i]` the row of photo i, null_c_t (1, L, D) those of the empty prompt,
     groups: one LongTensor of photo numbers a person. The key holds the data and the encoders' weights,
     so a changed model or a changed photo is never read from an old file. Photos that cannot be read are
-    named, counted and left out; ValueError if none can be.
+    counted, the first five named, and left out; ValueError if none can be.
     """
 
     def __init__(self, sd, people, key):
+        if sd.image_encoder is None:
+            raise ValueError("the model comes without an image encoder: name one with --image-encoder (h94/IP-Adapter)")
         photos = [photo for person in people for photo in person.photos]
         prompts = sorted({photo.prompt for photo in photos})
         device = next(sd.unet.parameters()).device
@@ -508,7 +510,8 @@ class Features:
 
     @staticmethod
     @torch.inference_mode()
-    def compute(sd, photos, prompts, device, batch=64):
+    def compute(sd, photos, prompts, device):
+        batch = max(1, 64 * 64**2 // sd.image_size**2)
         generator, parts, waiting, readable = torch.Generator(device).manual_seed(0), [], [], []
 
         def encode():
@@ -527,7 +530,7 @@ class Features:
         if not parts:
             raise ValueError(f"none of the {len(photos)} photos can be read")
         z_0, embeds = map(torch.cat, zip(*parts))
-        c_t = torch.cat([sd.encode_prompts(prompts[i:i + batch]).float().cpu() for i in range(0, len(prompts), batch)])
+        c_t = torch.cat([sd.encode_prompts(prompts[i:i + 64]).float().cpu() for i in range(0, len(prompts), 64)])
         return {"z_0": z_0, "embeds": embeds, "c_t": c_t, "readable": torch.tensor(readable)}
 
 
@@ -536,7 +539,8 @@ def fingerprint(sd):
     digest = hashlib.sha256(str(sd.vae.config["scaling_factor"]).encode())
     for module in (sd.vae, sd.text_encoder, sd.image_encoder):
         for name, w in module.state_dict().items():
-            digest.update(f"{name} {tuple(w.shape)} {w.double().sum().item()} {w.double().square().sum().item()}".encode())
+            w = w.detach().cpu().double()   # mps has no float64
+            digest.update(f"{name} {tuple(w.shape)} {w.sum().item()} {w.square().sum().item()}".encode())
     return digest.hexdigest()
 
 

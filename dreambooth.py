@@ -107,7 +107,7 @@ def class_images(sd, prompt, out, count, seed=0, w=4.0, steps=30, batch=8):
     """
     digest = hashlib.sha256(f"{prompt} {seed} {w} {steps}".encode())
     for network in (sd.unet, sd.text_encoder, sd.vae):
-        digest.update(" ".join(f"{x.double().abs().mean():.6g}" for x in network.state_dict().values()).encode())
+        digest.update(" ".join(f"{x.cpu().double().abs().mean():.6g}" for x in network.state_dict().values()).encode())
     files = [Path(out, f"class-{digest.hexdigest()[:8]}", f"{k:04d}.png") for k in range(count)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     missing = [k for k in range(count) if not files[k].exists()]

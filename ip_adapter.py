@@ -239,6 +239,10 @@ def generate(sd, c_t, null_c_t, c_i=None, null_c_i=None, w=4.0, lam=1.0, steps=3
     unet, side = sd.unet, sd.unet.config["sample_size"]
     x_T = torch.cat([torch.randn(1, unet.config["in_channels"], side, side, generator=torch.Generator().manual_seed(seed + k))
                      for k in range(len(c_t))])
-    eps_fn = guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w, lam)
+    predict = guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w, lam)
+
+    def eps_fn(x_t, t):   # the sampler stays in float32, whatever the weights are
+        return predict(x_t.to(c_t.dtype), t).float()
+
     generator = torch.Generator(c_t.device).manual_seed(seed)
-    return sd.decode_latents(sample(eps_fn, x_T.to(c_t), sd.schedule, steps, sampler, generator, progress))
+    return sd.decode_latents(sample(eps_fn, x_T.to(c_t.device), sd.schedule, steps, sampler, generator, progress))

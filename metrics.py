@@ -350,6 +350,9 @@ def table_row(name, said, real, people, photos):
 
 def table(args):
     """The paper's Table 1 on toy people that nobody trained on; rows that were made before are not made again."""
+    for name, most in (("people", 150), ("photos", 10)):   # of 400 test people the first hundred are for validation
+        if not 2 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name} {getattr(args, name)}: from 2 to {most}")
     device, dtype = args.device, DTYPE[pick_precision("auto", args.device)]
     sd, judge = StableDiffusion.load(TINY, device, dtype), ToyJudge.load(TINY / "feature_net").to(device)
     faces = ToyFaces(1200, seed=1, size=sd.image_size)

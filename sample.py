@@ -30,7 +30,7 @@ DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def find_adapter(model, path):
     """--adapter, else (for the tiny model) the newest run's, else the one shipped beside the model, else None."""
     runs = sorted(Path("runs").glob("*/ip-adapter.safetensors"), key=lambda p: p.stat().st_mtime)
-    if path is None and runs and Path(model) == TINY:
+    if path is None and runs and Path(model).resolve() == TINY.resolve():
         return runs[-1]
     shipped = Path(model) / ADAPTER
     return path or (shipped if shipped.is_file() else None)
@@ -56,6 +56,7 @@ def image_tokens(sd, adapter, images):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
+    parser.add_argument("--image-encoder", help="folder or hub id of the CLIP image encoder, if --model has none (h94/IP-Adapter)")
     parser.add_argument("--adapter", type=Path, help="adapter file (default: the newest in runs/, or the shipped one)")
     parser.add_argument("--refs", type=Path, nargs="+", help="reference photos of one person (default: an unseen toy person)")
     parser.add_argument("--agg", choices=list(AGGREGATORS), help="use the adapter's weights with another aggregator")
@@ -74,16 +75,18 @@ def main():
     args = parser.parse_args()
     if args.n < 1:
         raise ValueError(f"--n {args.n}: at least one picture")
+    if not 1 <= args.steps <= 1000:
+        raise ValueError(f"--steps {args.steps}: from 1 to 1000")
     device = pick_device(args.device)
     dtype = DTYPE[pick_precision(args.precision, device)]
 
-    sd = StableDiffusion.load(args.model, device, dtype)
+    sd = StableDiffusion.load(args.model, device, dtype, args.image_encoder)
     if args.lora:
         load_lora(args.lora, sd)
     path, references, prompt = find_adapter(args.model, args.adapter), [], args.prompt
     if args.refs:
         references = [load_image(p) for p in args.refs]
-    elif path and Path(args.model) == TINY and not args.lora:
+    elif path and Path(args.model).resolve() == TINY.resolve() and not args.lora:
         references, scene = unseen_person(args.seed, sd.image_size)
         prompt = prompt or scene
     if prompt is None:
@@ -91,13 +94,13 @@ def main():
     if references and path is None:
         raise ValueError(f"{args.model} comes without an adapter: name one with --adapter")
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)   # before the work, not after it
     c_i = null_c_i = None
     if references:
         adapter = IPAdapter.load(path, sd.unet, args.agg)
         c_i, null_c_i = image_tokens(sd, adapter, references)
         c_i = c_i.expand(args.n, -1, -1)
     c_t, null_c_t = sd.encode_prompts([prompt]).expand(args.n, -1, -1), sd.encode_prompts([args.negative])
+    args.out.parent.mkdir(parents=True, exist_ok=True)   # before the work, not after it
     began = time.perf_counter()
     images = generate(sd, c_t, null_c_t, c_i, null_c_i, args.guidance, args.lam, args.steps, args.sampler, args.seed, True)
     seconds = time.perf_counter() - began
@@ -106,7 +109,7 @@ def main():
     rows = [shown[i:i + 9] for i in range(0, len(shown), 9)] + [list(images[i:i + 9]) for i in range(0, args.n, 9)]
     captions = ["references"] * bool(shown) + [""] * ((len(shown) - 1) // 9) + [prompt] + [""] * ((args.n - 1) // 9)
     save_grid(args.out, rows, captions=captions)
-    print(f"{path.name + ' (' + adapter.agg + ')' if references else 'text only'}: \"{prompt}\", {args.n} pictures in {seconds:.1f} s\n"
+    print(f"{f'{path} ({adapter.agg})' if references else 'text only'}: \"{prompt}\", {args.n} pictures in {seconds:.1f} s\n"
           f"wrote {args.out}")
 
 

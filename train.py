@@ -65,7 +65,9 @@ def fit(task, out, steps, batch, lr, args):
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
     first, rows, window, spent = 0, [], [], 0.0
-    if args.resume and checkpoint.exists():
+    if not args.resume:
+        checkpoint.unlink(missing_ok=True)   # an older run's must not be taken for this one's
+    elif checkpoint.exists():
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)
         task.module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
@@ -99,11 +101,14 @@ def fit(task, out, steps, batch, lr, args):
                     loss = task.loss(batch, generator) / args.accumulate
                 if not torch.isfinite(loss):
                     raise ValueError(f"{task.name}: the loss is {loss.item()} at step {step}; {checkpoint} holds the last "
-                                     "good state. Try a smaller --lr or --precision fp32, then --resume")
+                                     "good state, if there is one. Try a smaller --lr or --precision fp32, then --resume")
                 scaler.scale(loss).backward()
                 window.append(loss.item() * args.accumulate)
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not scaler.is_enabled() and not torch.isfinite(norm):   # with fp16 the scaler skips such a step itself
+                raise ValueError(f"{task.name}: the gradient is {norm.item()} at step {step}; {checkpoint} holds the last "
+                                 "good state, if there is one. Try a smaller --lr or --precision fp32, then --resume")
             scaler.step(optimizer)
             scaler.update()
             if (step + 1) % args.every == 0 or step + 1 == steps:
@@ -188,10 +193,10 @@ def dataset(args, size):
 def train_adapter(args):
     """The paper's section 3.5 (selfattn), and its controls: an adapter trained leave-one-out from --init."""
     out, device = args.out or Path("runs") / args.agg, args.device
-    out.mkdir(parents=True, exist_ok=True)
-    sd = StableDiffusion.load(args.model, device)
+    sd = StableDiffusion.load(args.model, device, image_encoder=args.image_encoder)
     init = args.init or Path(args.model) / ADAPTER
     adapter = IPAdapter.load(init, sd.unet, agg=args.agg)
+    out.mkdir(parents=True, exist_ok=True)
     people, test_people, key = dataset(args, sd.image_size)
     with autocast(args):
         features, held = Features(sd, people, key), Features(sd, test_people[:100], key)
@@ -217,7 +222,8 @@ def picture(sd, adapter, held, path, args, people=6):
     null_c_i = adapter.tokens(torch.zeros_like(held.embeds[references[:1]]).to(args.device))
     with autocast(args):
         made = generate(sd, c_t, held.null_c_t.to(args.device), c_i, null_c_i, seed=args.seed)
-    shown = sd.decode_latents(held.z_0[torch.cat([references, target[:, None]], 1).flatten()].to(args.device))
+        z = held.z_0[torch.cat([references, target[:, None]], 1).flatten()].to(args.device)
+        shown = torch.cat([sd.decode_latents(one) for one in z.split(1 if sd.image_size > 128 else 64)]).float()
     rows = [[*r, m] for r, m in zip(shown.unflatten(0, (len(groups), -1)), made)]
     save_grid(path, rows, [f"reference {k + 1}" for k in range(9)] + ["removed", "generated"])
     print(f"wrote {path}")
@@ -387,11 +393,11 @@ def clip_task(sd, x, labels, held_out, held_labels, device):
         target = torch.arange(len(i), device=device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def validate():   # share of 160 held-out photos that pick their own caption, each with five traits
+    def validate():   # share of (up to) 160 held-out photos that pick their own caption, each with five traits
         rng = np.random.default_rng(0)
         captions = [caption_of(one, rng, traits=5) for one in held_labels[:160]]
         logits = similarity(held_out[:160], captions)
-        return (logits.argmax(1).cpu() == torch.arange(160)).float().mean().item()
+        return (logits.argmax(1).cpu() == torch.arange(len(logits))).float().mean().item()
 
     return Task("clip", module, loss, validate)
 
@@ -497,13 +503,13 @@ def train_base(args):
     stage(clip_task(sd, x, labels, held_x, held_labels, device))
     judge = feature_net_task(sd, x, labels, held_x, held_labels, device, autocast(args))
     stage(judge)
-    judge.module.save(out / "feature_net")
     with autocast(args):
         features, held = Features(sd, faces.people, faces.key), Features(sd, others.people, others.key)
     stage(unet_task(sd, features, labels, held, device))
-    sd.save(out)
     adapter = IPAdapter(sd.unet, features.embeds.shape[-1])
     stage(adapter_task("ip_adapter", sd, adapter, features, held, device, alone=True))
+    sd.save(out)   # all parts at the end: what was in `out` stays whole until then
+    judge.module.save(out / "feature_net")
     (out / "ip_adapter").mkdir(exist_ok=True)
     adapter.half().save(out / ADAPTER)
     print(f"wrote {out}")
@@ -526,7 +532,7 @@ def pick_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
@@ -546,6 +552,7 @@ def main():
     parser.add_argument("--method", choices=["adapter", "dreambooth", "base"], default="adapter", help="what to train")
     parser.add_argument("--agg", choices=list(AGGREGATORS), default="selfattn", help="aggregator over the references")
     parser.add_argument("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
+    parser.add_argument("--image-encoder", help="folder or hub id of the CLIP image encoder, if --model has none (h94/IP-Adapter)")
     parser.add_argument("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     parser.add_argument("--people", type=int, help="toy people to draw (default: 1200, two thirds of them to train on; base: 4000)")
     parser.add_argument("--init", type=Path, help="adapter file to start from (default: the one shipped in --model)")
@@ -569,7 +576,7 @@ def main():
     own.add_argument("--train-text-encoder", action="store_true", help="train it too")
     own.add_argument("--lora", type=int, metavar="RANK", help="train only updates of this rank of the attention")
     args = parser.parse_args()
-    for name in ("batch", "accumulate", "every"):
+    for name in ("batch", "accumulate", "every", "steps", "people"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: at least 1")
     args.device = pick_device(args.device)
