@@ -15,7 +15,6 @@ weights and the optimiser, so --resume continues bit for bit.
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -57,7 +56,7 @@ def fit(task, out, steps, batch, lr, args):
     """Train `task.module`; log to out/<name>.csv, checkpoint to out/<name>.pt every args.every steps.
 
     AdamW, 100 steps of warm-up, then cosine decay to 1 % of lr; gradients clipped to norm 1. Returns the
-    log's rows (step, training loss, validation, seconds). ValueError at a loss that is not finite: the
+    log's rows (step, training loss, validation, seconds). ValueError at a loss or gradient that is not finite: the
     checkpoint before it stays. Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -463,7 +462,6 @@ def round_trip(sd, x):
 
 def unet_task(sd, features, labels, held, device):
     """Eq. 1 without image tokens: text to image on captions, one in ten of them empty."""
-    null_c_t = features.null_c_t.to(device)
 
     def loss(batch, generator):
         i = torch.randint(len(labels), (batch,), generator=generator)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 from data import (HIDES, IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, draw_face, leave_one_out,
                   load_image, pixels, prompt_of, split, to_images, to_tensor, visible)
 from unet import StableDiffusion

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ip_adapter
 import sample
 from data import ToyFaces
 from ip_adapter import IPAdapter
@@ -89,3 +90,16 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, work
 def test_long_prompt_is_cut_with_a_warning(monkeypatch, capsys, tiny_folder, workdir):
     program(monkeypatch, "--model", tiny_folder, "--prompt", "a very " * 60 + "long prompt", "--n", 1, "--steps", 1, "--out", "a.png")
     assert "warning: prompt of" in capsys.readouterr().err and (workdir / "a.png").exists()
+
+
+def test_sampler_stays_in_float32_under_half_precision_weights(tiny_folder, monkeypatch):
+    sd, seen, real = StableDiffusion.load(tiny_folder, dtype=torch.bfloat16), [], ip_adapter.sample
+
+    def spy(eps_fn, x_T, *rest):
+        seen.extend([x_T.dtype, eps_fn(x_T, 5).dtype])
+        return real(eps_fn, x_T, *rest)
+
+    monkeypatch.setattr(ip_adapter, "sample", spy)
+    c_t = sd.encode_prompts(["hat"])
+    sample.generate(sd, c_t, c_t, steps=1)
+    assert c_t.dtype == torch.bfloat16 and seen == [torch.float32, torch.float32]
