@@ -4,17 +4,15 @@
 
 Two sources with one interface, `.people` -> list of `Person(name, noun, photos=[Photo(image, prompt)])`:
 
-  ToyFaces   portraits drawn with Pillow, seeded, nothing to download. A person has an *identity*
-             (skin, hair, eyes, …), a photo has a *scene* (background, expression, pose, light and
-             often an accessory that hides part of the identity: sunglasses, a hat, a scarf).
-             One photo cannot show the whole identity, several can.
-  LFW        the Deep Funneled photos of a folder (`<Name>/<Name>_0001.jpg`), prompts from
-             `prompts.tsv` in or beside the folder, or else from a template.
+  ToyFaces   portraits drawn with Pillow, seeded, nothing to download. A person has an *identity* (skin, hair, eyes, …),
+             a photo has a *scene* (background, expression, pose, light and often an accessory that hides part of the
+             identity: sunglasses, a hat, a scarf). One photo cannot show the whole identity, several can.
+  LFW        the Deep Funneled photos of a folder (`<Name>/<Name>_0001.jpg`), prompts from `prompts.tsv` in or beside
+             the folder, or else from a template.
 
-Then: the identity-disjoint split 2 : 1 (`split`), the frozen features of every photo, computed once
-and kept on disk (`Features`), the leave-one-out batches of eq. 1 (`leave_one_out`), and `FeatureNet`,
-the small classifier that reads identity and scene off a toy picture: the judge that
-stands in for Inception in the toy world.
+Then: the identity-disjoint split 2 : 1 (`split`), the frozen features of every photo, computed once and kept on disk
+(`Features`), the leave-one-out batches of eq. 1 (`leave_one_out`), and `FeatureNet`, the small classifier that reads
+identity and scene off a toy picture: the judge that stands in for Inception in the toy world.
 """
 
 import hashlib
@@ -23,16 +21,18 @@ import math
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
+from contextlib import suppress
+from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 from aggregators import fit_references
@@ -56,13 +56,10 @@ SCENE = {
     "expression": ("smiling", "serious", "surprised", "angry"),
     "accessory": ("none", "sunglasses", "hat", "scarf"),
 }
+ATTRIBUTES = {**IDENTITY, **SCENE}
 # What an accessory hides, and therefore what nobody can be asked to read off such a photo.
-HIDES = {
-    "none": (),
-    "sunglasses": ("eyes", "brows", "spacing"),
-    "hat": ("hair", "hair_colour"),
-    "scarf": ("beard", "mole", "expression"),
-}
+HIDES = {"none": (), "sunglasses": ("eyes", "brows", "spacing"), "hat": ("hair", "hair_colour"),
+         "scarf": ("beard", "mole", "expression")}
 RGB = {
     "skin": ((255, 222, 196), (226, 172, 122), (164, 108, 68), (98, 62, 42)),
     "hair_colour": ((28, 26, 30), (104, 62, 30), (222, 94, 20), (240, 202, 92), (176, 178, 184), (52, 96, 214)),
@@ -70,124 +67,93 @@ RGB = {
     "background": ((204, 56, 60), (70, 160, 90), (120, 168, 238), (242, 164, 194), (140, 80, 180), (104, 108, 116)),
 }
 
-FACE = {"round": (72, 62, 244), "narrow": (58, 40, 258), "square": (68, 68, 250)}   # half width of skull, jaw; chin
-X, EYES, MOUTH = 160, 158, 216   # middle of the face, height of eyes and mouth on a canvas of 320 × 320
+# A portrait is a list of shapes from back to front: (method of ImageDraw, x and y in turn, its other arguments).
+# The canvas has 320 × 320 pixels; x is 0 in the middle of the face, y at the top.
+FACE = {"round": (72, 62, 244), "narrow": (58, 40, 258), "square": (68, 68, 250)}  # half width of skull, jaw; chin
 
 
-def oval(pen, x, y, rx, ry, fill):
-    pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
+def oval(x, y, rx, ry, fill):
+    return "ellipse", (x - rx, y - ry, x + rx, y + ry), fill
 
 
-def draw_hair_behind(pen, style, w, fill):
-    if style == "long":
-        pen.rounded_rectangle((X - w - 20, 78, X + w + 20, 290), 60, fill=fill)
-    elif style == "bob":
-        pen.rounded_rectangle((X - w - 24, 70, X + w + 24, 218), 50, fill=fill)
-    elif style == "bun":
-        oval(pen, X, 52, 30, 28, fill)
-    elif style == "curly":
-        for a in np.linspace(-0.15, math.pi + 0.15, 13):
-            oval(pen, X - (w + 8) * math.cos(a), 128 - 62 * math.sin(a), 26, 26, fill)
-    elif style == "spiky":
-        for k in range(-3, 4):
-            x = X + k * w / 3.4
-            pen.polygon([(x - 24, 112), (x + 24, 112), (x + 4 * k, 28 + 4 * k * k)], fill=fill)
+def slab(rx, top, bottom, radius, fill, x=0):
+    return "rounded_rectangle", (x - rx, top, x + rx, bottom), radius, fill
 
 
-def draw_head(pen, face, skin, shade, clothes):
+def hair_shapes(look, fill):
+    """Two lists: what is behind the head, what is in front of it."""
+    w, _, _ = FACE[look["face"]]
+
+    def cap(start, off=5):   # off: from the skull
+        return "chord", (-w - off, 65 + off, w + off, 190 + 2 * off), start, 540 - start, fill
+
+    def locks(end, off=5):
+        return [("polygon", (s * (w + off), 135 + off, s * (w - off - 9), 95 + off, s * (w - off - 3), end), fill)
+                for s in (-1, 1)]
+
+    curls = [oval(-(w + 8) * math.cos(a), 128 - 62 * math.sin(a), 26, 26, fill)
+             for a in np.linspace(-0.15, math.pi + 0.15, 13)]
+    spikes = [("polygon", (k * w / 3.4 - 24, 112, k * w / 3.4 + 24, 112, k * w / 3.4 + 4 * k, 28 + 4 * k * k), fill)
+              for k in range(-3, 4)]
+    shapes = {
+        "short": ([], [cap(190, off=3), *locks(158, off=3)]),
+        "long": ([slab(w + 20, 78, 290, 60, fill)], [cap(186), *locks(170)]),
+        "curly": (curls, [cap(196), *(oval(k * w / 2.6, 104, 20, 18, fill) for k in range(-2, 3))]),
+        "bun": ([oval(0, 52, 30, 28, fill)], [cap(186), *locks(170)]),
+        "spiky": (spikes, [cap(200)]),
+        "bob": ([slab(w + 24, 70, 218, 50, fill)], [slab(w + 5, 72, 130, 30, fill)]),
+    }
+    return ([], []) if look["accessory"] == "hat" else shapes[look["hair"]]
+
+
+def head_shapes(face, skin, shade, clothes):
     w, jaw, chin = FACE[face]
-    pen.rounded_rectangle((X - 106, 268, X + 106, 420), 44, fill=clothes)
-    pen.rectangle((X - 30, 225, X + 30, 284), fill=shade)
-    oval(pen, X - w, 172, 13, 19, shade)
-    oval(pen, X + w, 172, 13, 19, shade)
-    oval(pen, X, 142, w, 66, skin)
+    shapes = [slab(106, 268, 420, 44, clothes), ("rectangle", (-30, 225, 30, 284), shade),
+              oval(-w, 172, 13, 19, shade), oval(w, 172, 13, 19, shade), oval(0, 142, w, 66, skin)]
     if face == "square":
-        pen.rounded_rectangle((X - w, 140, X + w, chin), 26, fill=skin)
-    else:
-        oval(pen, X, 206, jaw, chin - 206, skin)
-        pen.polygon([(X - w, 142), (X + w, 142), (X + jaw, 206), (X - jaw, 206)], fill=skin)
-        pen.polygon([(X - w, 142), (X + w, 142), (X + jaw * 0.86, 214), (X - jaw * 0.86, 214)], fill=skin)
+        return [*shapes, slab(w, 140, chin, 26, skin)]
+    cheeks = [("polygon", (-w, 142, w, 142, x, y, -x, y), skin) for x, y in ((jaw, 206), (jaw * 0.86, 214))]
+    return [*shapes, oval(0, 206, jaw, chin - 206, skin), *cheeks]
 
 
-def draw_hair_front(pen, style, w, fill):
-    sides = {"long": (5, 140, 14, 100, 8, 170), "bun": (5, 140, 14, 100, 8, 170), "short": (3, 138, 12, 98, 6, 158)}
-    box = (X - w - 5, 70, X + w + 5, 200)
-    if style == "bob":
-        pen.rounded_rectangle((X - w - 5, 72, X + w + 5, 130), 30, fill=fill)
-    elif style == "short":
-        pen.chord((X - w - 3, 68, X + w + 3, 196), 190, 350, fill=fill)
-    else:
-        pen.chord(box, *{"curly": (196, 344), "spiky": (200, 340)}.get(style, (186, 354)), fill=fill)
-    if style == "curly":
-        for k in range(-2, 3):
-            oval(pen, X + k * w / 2.6, 104, 20, 18, fill)
-    if style in sides:
-        a, ya, b, yb, c, yc = sides[style]
-        for s in (-1, 1):
-            pen.polygon([(X + s * (w + a), ya), (X + s * (w - b), yb), (X + s * (w - c), yc)], fill=fill)
+def eye_shapes(look, iris):
+    gap, thick = {"close-set": 26, "wide-set": 37}[look["spacing"]], {"thin": 4, "thick": 11}[look["brows"]]
+    height, brow, tilt = {"surprised": (20, 121, 0), "angry": (15, 136, 9)}.get(look["expression"], (15, 131, 0))
+    return [shape for s in (-1, 1) for shape in (
+        oval(s * gap, 158, 21, height, (250, 250, 250)), oval(s * gap, 158, 13, 13, iris),
+        oval(s * gap, 158, 5, 5, (15, 15, 15)),
+        ("line", (s * (gap - 21), brow + tilt, s * (gap + 21), brow - tilt), (40, 28, 24), thick))]
 
 
-def draw_eyes(pen, spacing, brows, expression, iris):
-    gap = {"close-set": 26, "wide-set": 37}[spacing]
-    lift = {"surprised": 10, "angry": -5}.get(expression, 0)
-    tilt = 9 if expression == "angry" else 0
-    for s in (-1, 1):
-        x, y = X + s * gap, EYES - 27 - lift
-        oval(pen, x, EYES, 21, 20 if expression == "surprised" else 15, (250, 250, 250))
-        oval(pen, x, EYES, 13, 13, iris)
-        oval(pen, x, EYES, 5, 5, (15, 15, 15))
-        pen.line((x - s * 21, y + tilt, x + s * 21, y - tilt), fill=(40, 28, 24), width=11 if brows == "thick" else 4)
+def feature_shapes(look, dark, hair):
+    """Nose, beard, mouth and mole."""
+    (w, jaw, chin), lips, teeth = FACE[look["face"]], (196, 60, 66), (255, 255, 255)
+    moustache = "polygon", (0, 196, 36, 212, -36, 212), hair
+    nose = {"small": oval(0, 184, 7, 5, dark), "wide": slab(20, 180, 193, 6, dark),
+            "long": ("polygon", (-2, 156, 3, 156, 11, 196, -9, 196), dark)}
+    beard = {"no": [], "moustache": [moustache], "goatee": [slab(22, 226, chin + 8, 14, hair)],
+             "full": [("pieslice", (-jaw - 4, 160, jaw + 4, chin + 10), 4, 176, hair),
+                      ("rectangle", (-jaw * 0.9, 204, jaw * 0.9, 218), hair), moustache]}
+    mouth = {"smiling": [("chord", (-34, 190, 34, 234), 8, 172, lips), ("chord", (-27, 196, 27, 226), 8, 172, teeth)],
+             "serious": [slab(27, 211, 220, 4, lips)],
+             "surprised": [oval(0, 220, 17, 20, lips), oval(0, 220, 11, 14, (70, 16, 24))],
+             "angry": [("arc", (-30, 208, 30, 250), 198, 342, lips, 9)]}
+    side = {"no": 0, "left": -1, "right": 1}[look["mole"]]
+    mole = [oval(side * 0.64 * w, 200, 7, 7, (48, 26, 20))] if side else []
+    return [nose[look["nose"]], *beard[look["beard"]], *mouth[look["expression"]], *mole]
 
 
-def draw_nose(pen, nose, fill):
-    if nose == "small":
-        oval(pen, X, 184, 7, 5, fill)
-    elif nose == "long":
-        pen.polygon([(X - 2, 156), (X + 3, 156), (X + 11, 196), (X - 9, 196)], fill=fill)
-    else:
-        pen.rounded_rectangle((X - 20, 180, X + 20, 193), 6, fill=fill)
-
-
-def draw_beard(pen, beard, face, fill):
-    w, jaw, chin = FACE[face]
-    if beard == "full":
-        pen.pieslice((X - jaw - 4, 160, X + jaw + 4, chin + 10), 4, 176, fill=fill)
-        pen.rectangle((X - jaw * 0.9, 204, X + jaw * 0.9, 218), fill=fill)
-    elif beard == "goatee":
-        pen.rounded_rectangle((X - 22, 226, X + 22, chin + 8), 14, fill=fill)
-    if beard in ("moustache", "full"):
-        pen.polygon([(X, 196), (X + 36, 212), (X - 36, 212)], fill=fill)
-
-
-def draw_mouth(pen, expression):
-    lips = (196, 60, 66)
-    if expression == "smiling":
-        pen.chord((X - 34, MOUTH - 26, X + 34, MOUTH + 18), 8, 172, fill=lips)
-        pen.chord((X - 27, MOUTH - 20, X + 27, MOUTH + 10), 8, 172, fill=(255, 255, 255))
-    elif expression == "serious":
-        pen.rounded_rectangle((X - 27, MOUTH - 5, X + 27, MOUTH + 4), 4, fill=lips)
-    elif expression == "surprised":
-        oval(pen, X, MOUTH + 4, 17, 20, lips)
-        oval(pen, X, MOUTH + 4, 11, 14, (70, 16, 24))
-    else:
-        pen.arc((X - 30, MOUTH - 8, X + 30, MOUTH + 34), 198, 342, fill=lips, width=9)
-
-
-def draw_accessory(pen, accessory, w):
-    if accessory == "sunglasses":
-        for s in (-1, 1):
-            pen.rounded_rectangle((X + s * 37 - 32, 118, X + s * 37 + 32, 182), 18, fill=(16, 16, 20))
-        pen.rectangle((X - w, 132, X + w, 140), fill=(16, 16, 20))
-        for s in (-1, 1):
-            pen.line((X + s * 37 - 14, 150, X + s * 37 + 2, 130), fill=(90, 94, 110), width=6)
-    elif accessory == "hat":
-        pen.rounded_rectangle((X - 66, 30, X + 66, 112), 20, fill=(58, 40, 110))
-        pen.rounded_rectangle((X - 98, 98, X + 98, 120), 10, fill=(44, 30, 88))
-        pen.rectangle((X - 66, 84, X + 66, 98), fill=(230, 200, 60))
-    elif accessory == "scarf":
-        pen.rounded_rectangle((X - 88, 196, X + 88, 284), 26, fill=(196, 36, 84))
-        for k in range(-2, 3):
-            pen.line((X + k * 34 - 10, 198, X + k * 34 + 6, 282), fill=(240, 120, 150), width=7)
+def accessory_shapes(look):
+    w, black, glint, stripe = FACE[look["face"]][0], (16, 16, 20), (90, 94, 110), (240, 120, 150)
+    return {
+        "none": [],
+        "sunglasses": [("rectangle", (-w, 132, w, 140), black), *(slab(32, 118, 182, 18, black, x) for x in (-37, 37)),
+                       *(("line", (x - 14, 150, x + 2, 130), glint, 6) for x in (-37, 37))],
+        "hat": [slab(66, 30, 112, 20, (58, 40, 110)), slab(98, 98, 120, 10, (44, 30, 88)),
+                ("rectangle", (-66, 84, 66, 98), (230, 200, 60))],
+        "scarf": [slab(88, 196, 284, 26, (196, 36, 84)),
+                  *(("line", (x - 10, 198, x + 6, 282), stripe, 7) for x in range(-68, 69, 34))],
+    }[look["accessory"]]
 
 
 def photographed(img, ground, rng, size):
@@ -206,136 +172,110 @@ def photographed(img, ground, rng, size):
 def draw_face(identity, scene, rng, size=64):
     """One portrait, an RGB image of size × size pixels.
 
-    identity, scene: attribute name -> class index; rng: np.random.Generator, for what has no label
+    identity, scene: attribute name -> class index; rng: a np.random.Generator or the seed of one, for what has no label
     (clothes, pose, light, noise).
     """
-    who = {k: IDENTITY[k][v] for k, v in identity.items()}
-    what = {k: SCENE[k][v] for k, v in scene.items()}
-    skin, hair, iris = (RGB[k][identity[k]] for k in ("skin", "hair_colour", "eyes"))
-    ground, w = RGB["background"][scene["background"]], FACE[who["face"]][0]
+    rng, labels = np.random.default_rng(rng), {**identity, **scene}
+    look = {k: ATTRIBUTES[k][v] for k, v in labels.items()}
+    skin, hair, iris, ground = (RGB[k][labels[k]] for k in ("skin", "hair_colour", "eyes", "background"))
     shade, dark = (tuple(int(c * f) for c in skin) for f in (0.78, 0.62))
+    clothes = tuple(rng.integers(30, 110, 3).tolist())
+    behind, front = hair_shapes(look, hair)
+    shapes = [*behind, *head_shapes(look["face"], skin, shade, clothes), *front, *eye_shapes(look, iris),
+              *feature_shapes(look, dark, hair), *accessory_shapes(look)]
     img = Image.new("RGB", (320, 320), ground)
-    pen, bare = ImageDraw.Draw(img), what["accessory"] != "hat"
-    clothes = tuple(int(v) for v in rng.integers(30, 110, 3))
-    if bare:
-        draw_hair_behind(pen, who["hair"], w, hair)
-    draw_head(pen, who["face"], skin, shade, clothes)
-    if bare:
-        draw_hair_front(pen, who["hair"], w, hair)
-    draw_eyes(pen, who["spacing"], who["brows"], what["expression"], iris)
-    draw_nose(pen, who["nose"], dark)
-    draw_beard(pen, who["beard"], who["face"], hair)
-    draw_mouth(pen, what["expression"])
-    if who["mole"] != "no":
-        oval(pen, X + (-0.64 if who["mole"] == "left" else 0.64) * w, 200, 7, 7, (48, 26, 20))
-    draw_accessory(pen, what["accessory"], w)
+    pen = ImageDraw.Draw(img)
+    for method, xy, *rest in shapes:
+        getattr(pen, method)([(x + 160, y) for x, y in zip(xy[::2], xy[1::2])], *rest)
     return photographed(img, ground, rng, size)
 
 
-DRAWING = "".join(inspect.getsource(f) for name, f in list(globals().items()) if name.startswith(("draw_", "photographed", "oval"))) + f"{FACE} {X} {EYES} {MOUTH}"
-
-
-def with_article(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def prompt_of(scene, person="person", traits=""):
-    """The sentence for what can be seen of a scene; what `scene` lacks is left out."""
-    words = {k: SCENE[k][v] for k, v in scene.items()}
-    if "expression" in HIDES[words.get("accessory", "none")]:
-        words.pop("expression", None)
-    text = "a photo of " + with_article(f"{words.get('expression', '')} {person}".strip()) + traits
-    wear = {"sunglasses": "sunglasses", "hat": "a hat", "scarf": "a scarf"}.get(words.get("accessory"))
-    if wear:
-        text += ", wearing " + wear if traits else " wearing " + wear
-    return text + (f", {words['background']} background" if "background" in words else "")
-
-
-def caption_of(labels, rng, traits=None):
-    """A caption as people write them: parts of the scene, and up to five of the `traits` that can be seen."""
-    names = [k for k in visible(labels) if k in IDENTITY]
-    chosen = rng.permutation(names)[: rng.integers(6) if traits is None else traits]
-    word = {k: IDENTITY[k][labels[k]] for k in chosen}
-    nouns = {"skin": "skin", "hair_colour": "hair", "hair": "hair", "eyes": "eyes", "spacing": "eyes", "brows": "brows"}
-    phrases = []
-    for k, w in word.items():
-        if k == "hair_colour" and "hair" in word:
-            continue
-        if k == "hair" and "hair_colour" in word:
-            w += " " + word["hair_colour"]
-        if k in ("beard", "mole"):
-            phrases.append(f"no {k}" if w == "no" else with_article(w) if w in ("moustache", "goatee") else f"a {w} {k}")
-        else:
-            phrases.append(f"{w} {nouns[k]}" if k in nouns else with_article(f"{w} {k}"))
-    kept = {k: labels[k] for k in SCENE if rng.random() > 0.15}
-    return prompt_of(kept, traits=" with " + ", ".join(phrases) if phrases else "")
+DRAWING = [ATTRIBUTES, RGB, FACE, *map(inspect.getsource, (   # all that a picture depends on
+    oval, slab, hair_shapes, head_shapes, eye_shapes, feature_shapes, accessory_shapes, photographed, draw_face))]
 
 
 def visible(labels):
     """Attributes that the accessory of a photo does not hide: the only ones that words or a judge may be asked for."""
-    hidden = HIDES[SCENE["accessory"][labels["accessory"]]]
+    hidden = HIDES[SCENE["accessory"][labels.get("accessory", 0)]]
     return [k for k in labels if k not in hidden]
 
 
-@dataclass(frozen=True)
-class Photo:
+def traits_of(identity):
+    """{attribute: class} -> " with pale skin, curly red hair, no beard"."""
+    word = {k: IDENTITY[k][v] for k, v in identity.items()}
+    if "hair" in word and "hair_colour" in word:
+        word["hair"] += " " + word.pop("hair_colour")
+    phrases = []
+    for k, w in word.items():
+        article = "a " if k in ("nose", "face", "beard", "mole") and w != "no" else ""
+        noun = "" if w in ("moustache", "goatee") else " " + {"hair_colour": "hair", "spacing": "eyes"}.get(k, k)
+        phrases.append(article + w + noun)
+    return " with " + ", ".join(phrases) if phrases else ""
+
+
+def prompt_of(scene, traits=""):
+    """The sentence for what can be seen of a scene; what `scene` lacks is left out. traits: words of `traits_of`."""
+    word = {k: SCENE[k][scene[k]] for k in visible(scene)}
+    person = f"{word['expression']} person" if "expression" in word else "person"
+    worn = {"sunglasses": "sunglasses", "hat": "a hat", "scarf": "a scarf"}.get(word.get("accessory"))
+    text = "a photo of " + ("an " if person[0] in "aeiou" else "a ") + person + traits
+    if worn:
+        text += f", wearing {worn}" if traits else f" wearing {worn}"
+    return text + (f", {word['background']} background" if "background" in word else "")
+
+
+def caption_of(labels, rng, traits=None):
+    """A caption as people write them: parts of the scene, and up to eight of the `traits` that can be seen."""
+    names = [k for k in visible(labels) if k in IDENTITY]
+    named = rng.permutation(names)[: rng.integers(9) if traits is None else traits]
+    kept = {k: labels[k] for k in SCENE if rng.random() > 0.15}
+    return prompt_of(kept, traits_of({k: labels[k] for k in named}))
+
+
+class Photo(NamedTuple):
     """One picture x_i with its prompt τ_i. `.image` opens or draws it when asked: RGB, size × size."""
     open: object
     prompt: str
     name: str
-    labels: dict = field(default_factory=dict)   # toy pictures know the truth: attribute -> class
+    labels: dict = {}   # toy pictures know the truth: attribute -> class
 
     @property
     def image(self):
         return self.open()
 
 
-@dataclass(frozen=True)
-class Person:
+class Person(NamedTuple):
     name: str
     noun: str
     photos: list
 
 
-class _Portrait:
-    """Draws one toy photo when called (picklable, so that processes can share the work)."""
-
-    def __init__(self, identity, scene, seed, size):
-        self.identity, self.scene, self.seed, self.size = identity, scene, seed, size
-
-    def __call__(self):
-        return draw_face(self.identity, self.scene, np.random.default_rng(self.seed), self.size)
-
-
 class ToyFaces:
     """`people` drawn persons with `photos` photos each, all of it decided by `seed`.
-
-    Person p and photo q are the same whatever the number of people and photos around them.
-    """
+    Person p and photo q are the same whatever the number of people and photos around them."""
 
     def __init__(self, people, photos=10, size=64, seed=0):
-        self.size = size
-        self.key = f"{people} {photos} {size} {seed} {IDENTITY} {SCENE} {RGB} {DRAWING}"
-        self.people = [self._person(p, photos, size, seed) for p in range(people)]
+        def classes(attributes, *seed):
+            rng = np.random.default_rng(seed)
+            return {k: int(rng.integers(len(v))) for k, v in attributes.items()}
 
-    @staticmethod
-    def _person(p, photos, size, seed):
-        rng = np.random.default_rng([seed, p])
-        identity = {k: int(rng.integers(len(v))) for k, v in IDENTITY.items()}
-        shots = []
-        for q in range(photos):
-            rng = np.random.default_rng([seed, p, q])
-            scene = {k: int(rng.integers(len(v))) for k, v in SCENE.items()}
-            shots.append(Photo(_Portrait(identity, scene, [seed, p, q, 1], size), prompt_of(scene),
-                               f"toy_{p:05d}_{q:04d}", {**identity, **scene}))
-        return Person(f"toy_{p:05d}", "person", shots)
+        self.key = f"{people} {photos} {size} {seed} {DRAWING}"
+        self.people = []
+        for p in range(people):
+            identity, shots = classes(IDENTITY, seed, p), []
+            for q in range(photos):
+                scene = classes(SCENE, seed, p, q)
+                shots.append(Photo(partial(draw_face, identity, scene, [seed, p, q, 1], size), prompt_of(scene),
+                                   f"toy_{p:05d}_{q:04d}", {**identity, **scene}))
+            self.people.append(Person(f"toy_{p:05d}", "person", shots))
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def load_image(path, size=None):
     """Any picture file as an upright RGB image; `size` scales the short side to it and cuts the centre.
-
-    Transparent pictures are laid on white. Raises ValueError naming a file that cannot be read.
-    """
+    Transparent pictures are laid on white. Raises ValueError naming a file that cannot be read."""
     try:
         with Image.open(path) as img:
             img = ImageOps.exif_transpose(img)
@@ -348,14 +288,6 @@ def load_image(path, size=None):
     return ImageOps.fit(img, (size, size), Image.Resampling.BICUBIC) if size else img
 
 
-class _File:
-    def __init__(self, path, size):
-        self.path, self.size = path, size
-
-    def __call__(self):
-        return load_image(self.path, self.size)
-
-
 class LFW:
     """Labeled Faces in the Wild, Deep Funneled: a folder with one folder of photos a person.
 
@@ -365,7 +297,7 @@ class LFW:
     """
 
     def __init__(self, root, size, min_photos=2):
-        root, self.size = Path(root), size
+        root = Path(root)
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder; give a folder with one folder of photos a person")
         tables = [p for p in (root / "prompts.tsv", root.parent / "prompts.tsv") if p.is_file()]
@@ -376,17 +308,15 @@ class LFW:
             files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES)
             if len(files) < min_photos:
                 continue
-            shots = [Photo(_File(f, size), prompts.get(f"{folder.name}/{f.name}", "a photo of a person"),
-                           f"{folder.name}/{f.name}") for f in files]
+            names = [f"{folder.name}/{f.name}" for f in files]
+            shots = [Photo(partial(load_image, f, size), prompts.get(name, "a photo of a person"), name)
+                     for f, name in zip(files, names)]
             nouns = [word for shot in shots for word in shot.prompt.split() if word in ("man", "woman")]
-            self.people.append(Person(folder.name, max(nouns, key=nouns.count) if nouns else "person", shots))
+            self.people.append(Person(folder.name, max(nouns, key=nouns.count, default="person"), shots))
             facts += [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         if not self.people:
             raise ValueError(f"{root}: no person with at least {min_photos} photos; expected <Name>/<Name>_0001.jpg …")
         self.key = f"{root.resolve()} {size} {min_photos} {facts} {sorted(prompts.items())}"
-
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def split(people, ratio=2 / 3, seed=0):
@@ -412,22 +342,19 @@ def to_images(x):
 def save_grid(path, rows, columns=(), captions=(), side=128):
     """Write a picture of pictures: rows of (3, H, W) tensors in [−1, 1] (None: blank), titles over the columns,
     a caption over each row."""
-    strip, width = side // 6, side * max(map(len, rows))
-    font = ImageFont.load_default(strip * 0.6)
-    sheet = Image.new("RGB", (width, strip * (bool(columns) + len(captions)) + side * len(rows)), "white")
-    d, y = ImageDraw.Draw(sheet), 0
-    if columns:
-        for c, title in enumerate(columns):
-            d.text((side * c + side / 2, strip / 2), title, "black", font, anchor="mm")
-        y = strip
+    strip = side // 6
+    top, step = strip * bool(columns), side + strip * bool(captions)
+    sheet = Image.new("RGB", (side * max(map(len, rows)), top + step * len(rows)), "white")
+    write = partial(ImageDraw.Draw(sheet).text, fill="black", font=ImageFont.load_default(strip * 0.6))
+    for c, title in enumerate(columns):
+        write((side * (c + 0.5), strip / 2), title, anchor="mm")
+    for r, caption in enumerate(captions):
+        write((strip / 3, top + step * r + strip / 2), caption, anchor="lm")
     for r, row in enumerate(rows):
-        if captions:
-            d.text((strip / 3, y + strip / 2), captions[r], "black", font, anchor="lm")
-            y += strip
         for c, x in enumerate(row):
             if x is not None:
-                sheet.paste(to_images(x[None])[0].resize((side, side), Image.Resampling.LANCZOS), (side * c, y))
-        y += side
+                picture = to_images(x[None])[0].resize((side, side), Image.Resampling.LANCZOS)
+                sheet.paste(picture, (side * c, top + step * (r + 1) - side))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda part: sheet.save(part, "PNG"))
 
@@ -455,22 +382,17 @@ def cached(compute, *key):
 
 
 def _open(photo):
-    try:
+    with suppress(ValueError):   # of a file that cannot be read: None
         return np.asarray(photo.image).transpose(2, 0, 1)
-    except ValueError as e:   # an unreadable file: the message names it
-        return str(e)
 
 
 def open_all(photos, chunk=4096):
-    """Yield the pixels of every photo in order, uint8 (3, S, S), or an error's text where one cannot be read.
-
-    All cores open one chunk, then rest while it is used: drawing and encoding at once slow each other down.
-    """
-    with get_context("fork" if sys.platform == "linux" else None).Pool() as pool, tqdm(total=len(photos), desc="photos", leave=False) as bar:
-        for i in range(0, len(photos), chunk):
-            for x in pool.map(_open, photos[i:i + chunk], chunksize=64):
-                yield x
-                bar.update()
+    """Yield the pixels of every photo in order, uint8 (3, S, S), or None where one cannot be read.
+    All cores open one chunk, then rest while it is used: drawing and encoding at once slow each other down."""
+    with get_context("fork" if sys.platform == "linux" else None).Pool() as pool:
+        parts = (photos[i:i + chunk] for i in range(0, len(photos), chunk))
+        opened = (x for part in parts for x in pool.map(_open, part, chunksize=64))
+        yield from tqdm(opened, desc="photos", total=len(photos), leave=False)
 
 
 def pixels(faces):
@@ -482,11 +404,11 @@ def pixels(faces):
 class Features:
     """What the frozen encoders say of every photo, computed once and kept on disk.
 
-    z_0 (n, 4, h, w) latents, embeds (n, E) image embeddings, c_t (u, L, D) text features of the u
-    different prompts with `prompt[i]` the row of photo i, null_c_t (1, L, D) those of the empty prompt,
-    groups: one LongTensor of photo numbers a person. The key holds the data and the encoders' weights,
-    so a changed model or a changed photo is never read from an old file. Photos that cannot be read are
-    counted, the first five named, and left out; ValueError if none can be.
+    z_0 (n, 4, h, w) latents, embeds (n, E) image embeddings, c_t (u, L, D) text features of the u different prompts
+    with `prompt[i]` the row of photo i, null_c_t (1, L, D) those of the empty prompt, groups: one LongTensor of photo
+    numbers a person. The key holds the data and the encoders' weights, so a changed model or a changed photo is never
+    read from an old file. Photos that cannot be read are counted, the first five named, and left out; ValueError if
+    none can be.
     """
 
     def __init__(self, sd, people, key):
@@ -495,13 +417,11 @@ class Features:
         photos = [photo for person in people for photo in person.photos]
         prompts = sorted({photo.prompt for photo in photos})
         device = next(sd.unet.parameters()).device
-        found = cached(lambda: self.compute(sd, photos, [""] + prompts, device), "features", key, fingerprint(sd),
+        found = cached(lambda: self.compute(sd, photos, ["", *prompts], device), "features", key, fingerprint(sd),
                        [(photo.name, photo.prompt) for photo in photos], torch.is_autocast_enabled(device.type))
-        self.z_0, self.embeds = found["z_0"], found["embeds"]
+        self.z_0, self.embeds, kept = found["z_0"], found["embeds"], found["readable"]
         self.null_c_t, self.c_t = found["c_t"][:1], found["c_t"][1:]
-        kept = found["readable"]
-        if not kept.all():
-            bad = [photo.name for photo, ok in zip(photos, kept) if not ok]
+        if bad := [photo.name for photo, ok in zip(photos, kept) if not ok]:
             warnings.warn(f"{len(bad)} of {len(photos)} photos are unreadable and left out: {', '.join(bad[:5])}")
         row = {prompt: i for i, prompt in enumerate(prompts)}
         self.prompt = torch.tensor([row[photo.prompt] for photo, ok in zip(photos, kept) if ok])
@@ -511,22 +431,13 @@ class Features:
     @staticmethod
     @torch.inference_mode()
     def compute(sd, photos, prompts, device):
-        batch = max(1, 64 * 64**2 // sd.image_size**2)
-        generator, parts, waiting, readable = torch.Generator(device).manual_seed(0), [], [], []
-
-        def encode():
-            images = to_tensor(torch.from_numpy(np.stack(waiting))).to(device)
-            parts.append((sd.encode_latents(images, generator).float().cpu(), sd.embed_images(images).float().cpu()))
-            waiting.clear()
-
-        for x in open_all(photos):
-            readable.append(not isinstance(x, str))
-            if readable[-1]:
-                waiting.append(x)
-            if len(waiting) == batch:
-                encode()
-        if waiting:
-            encode()
+        generator, parts, readable = torch.Generator(device).manual_seed(0), [], []
+        opened, batch = open_all(photos), max(1, 64 * 64**2 // sd.image_size**2)
+        while some := list(islice(opened, batch)):
+            readable += [x is not None for x in some]
+            if good := [x for x in some if x is not None]:
+                x = to_tensor(torch.from_numpy(np.stack(good))).to(device)
+                parts.append((sd.encode_latents(x, generator).float().cpu(), sd.embed_images(x).float().cpu()))
         if not parts:
             raise ValueError(f"none of the {len(photos)} photos can be read")
         z_0, embeds = map(torch.cat, zip(*parts))
@@ -535,9 +446,9 @@ class Features:
 
 
 def fingerprint(sd):
-    """A digest of the three encoders: it changes when any of their weights does."""
+    """A digest of the three encoders: it changes when any of their weights does (the VAE's decoder encodes nothing)."""
     digest = hashlib.sha256(str(sd.vae.config["scaling_factor"]).encode())
-    for module in (sd.vae, sd.text_encoder, sd.image_encoder):
+    for module in (sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder, sd.image_encoder):
         for name, w in module.state_dict().items():
             w = w.detach().cpu().double()   # mps has no float64
             digest.update(f"{name} {tuple(w.shape)} {w.sum().item()} {w.square().sum().item()}".encode())
@@ -566,13 +477,11 @@ def leave_one_out(groups, batch, generator, n=10):
 
 class FeatureNet(nn.Module):
     """Reads every attribute of IDENTITY and SCENE off a toy picture; plays Inception's part.
-
-    forward: (B, 3, 64, 64) in [−1, 1] -> {attribute: logits (B, K)}; `.features`: (B, 256) for FID and KID.
-    """
+    forward: (B, 3, 64, 64) in [−1, 1] -> {attribute: logits (B, K)}; `.features`: (B, 256) for FID and KID."""
 
     def __init__(self, width=32):
         super().__init__()
-        self.heads = {k: len(v) for k, v in {**IDENTITY, **SCENE}.items()}
+        self.heads = {k: len(v) for k, v in ATTRIBUTES.items()}
         layers, c = [nn.Conv2d(3, width, 3, padding=1)], width
         for c_out in (2 * width, 4 * width, 4 * width):                       # 64 -> 32 -> 16 -> 8
             layers += [nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, c_out, 3, stride=2, padding=1),
@@ -587,7 +496,7 @@ class FeatureNet(nn.Module):
         return self.body(x)
 
     def forward(self, x):
-        logits = self.head(F.silu(self.body(x))).split(list(self.heads.values()), dim=1)
+        logits = self.head(nn.functional.silu(self.body(x))).split(list(self.heads.values()), dim=1)
         return dict(zip(self.heads, logits))
 
     def save(self, folder):

@@ -8,6 +8,7 @@ prompt's tokens c_τ and, with an adapter attached, the image tokens c_i, and an
     up:   ResNet blocks over [x, skip] (+ transformers), doubling the size
 
 The VAE maps pixels in [−1, 1] to latents and back: z_0 = 0.18215·sample of N(μ, σ²), (μ, log σ²) = encode(x).
+Its encoder is such a way down, its decoder such a way up, both without skips.
 
 Attribute names are those of the published files in diffusers' layout, so loading is `load_state_dict(strict)`.
 `up_blocks` is registered before `mid_block` because published adapters number the layers down, up, mid.
@@ -20,15 +21,15 @@ import re
 import tempfile
 import warnings
 import zipfile
+from collections import OrderedDict
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -36,6 +37,11 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import SpatialAttention, Transformer2D
 from ddpm import Schedule
+
+
+def chain(**layers):
+    """The layers one after another, under their names in the checkpoint."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 class ResnetBlock(nn.Module):
@@ -58,16 +64,10 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class Downsample(nn.Module):
+def downsample(channels, padding):
     """Halves the size: 3×3 convolution of stride 2. UNet: padding 1 all around; VAE: 0, and one right and bottom."""
-
-    def __init__(self, channels, padding):
-        super().__init__()
-        self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
-
-    def forward(self, x):
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+    pad = nn.Identity() if padding else nn.ZeroPad2d((0, 1, 0, 1))
+    return chain(pad=pad, conv=nn.Conv2d(channels, channels, 3, stride=2, padding=padding))
 
 
 class Upsample(nn.Module):
@@ -81,85 +81,57 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, scale_factor=None if size else 2.0, mode="nearest"))
 
 
-class DownBlock(nn.Module):
-    """`layers` × (ResNet block, transformer if `transformer` makes one), then Downsample unless `padding` is None."""
+class Block(nn.Module):
+    """ResNet blocks, each followed by an attention as long as there are any, then a change of size.
 
-    def __init__(self, in_channels, channels, layers, resnet, transformer=None, padding=None):
-        super().__init__()
-        self.resnets = nn.ModuleList(resnet(in_channels if i == 0 else channels, channels) for i in range(layers))
-        self.attentions = nn.ModuleList(transformer(channels) for _ in range(layers if transformer else 0))
-        self.downsamplers = nn.ModuleList([] if padding is None else [Downsample(channels, padding)])
-
-    def forward(self, x, temb=None, *context):
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, temb)
-            x = self.attentions[i](x, *context) if self.attentions else x
-            skips.append(x)
-        for down in self.downsamplers:
-            x = down(x)
-            skips.append(x)
-        return x, skips
-
-
-class MidBlock(nn.Module):
-    """ResNet block, attention (if `attention` makes one), ResNet block."""
-
-    def __init__(self, channels, resnet, attention=None):
-        super().__init__()
-        self.resnets = nn.ModuleList([resnet(channels, channels), resnet(channels, channels)])
-        self.attentions = nn.ModuleList([attention(channels)] if attention else [])
-
-    def forward(self, x, temb=None, *context):
-        x = self.resnets[0](x, temb)
-        for attention in self.attentions:
-            x = attention(x, *context)
-        return self.resnets[1](x, temb)
-
-
-class UpBlock(nn.Module):
-    """ResNet blocks (+ transformers) of the given input widths, then Upsample if asked.
-
-    `forward` joins each input with one skip, the last first; the VAE's decoder has none.
+    in_widths: the input channels of each ResNet block. The other arguments make the layers: resnet(input, channels),
+    and each item of `attentions`, `downsamplers` and `upsamplers` by item(channels).
     """
 
-    def __init__(self, in_widths, channels, resnet, transformer=None, upsample=False):
+    def __init__(self, in_widths, channels, resnet, attentions=(), downsamplers=(), upsamplers=()):
         super().__init__()
         self.resnets = nn.ModuleList(resnet(width, channels) for width in in_widths)
-        self.attentions = nn.ModuleList(transformer(channels) for _ in (in_widths if transformer else ()))
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
+        self.attentions = nn.ModuleList(make(channels) for make in attentions)
+        self.downsamplers = nn.ModuleList(make(channels) for make in downsamplers)
+        self.upsamplers = nn.ModuleList(make(channels) for make in upsamplers)
 
-    def forward(self, x, skips=(), size=None, temb=None, *context):
-        for i, resnet in enumerate(self.resnets):
-            x = torch.cat([x, skips[-1 - i]], dim=1) if skips else x
-            x = resnet(x, temb)
-            x = self.attentions[i](x, *context) if self.attentions else x
+    def outputs(self, x, temb=None, context=(), skips=(), size=None):
+        """Yield the output of each step. `skips`: each ResNet block reads [x, skip], the last skip first."""
+        for i, (resnet, attention) in enumerate(zip_longest(self.resnets, self.attentions)):
+            x = resnet(torch.cat([x, skips[-1 - i]], dim=1) if skips else x, temb)
+            x = x if attention is None else attention(x, *context)
+            yield x
+        for down in self.downsamplers:
+            yield down(x)
         for up in self.upsamplers:
-            x = up(x, size)
+            yield up(x, size)
+
+    def forward(self, *inputs):
+        for x in self.outputs(*inputs):
+            pass  # keeping the last one only
         return x
 
 
-class TimeEmbedding(nn.Module):
-    """t ↦ MLP([cos(t·ω), sin(t·ω)]), ω_k = 10000^(−k/half), k = 0 … half − 1; always in float32."""
+class DownBlock(Block):
+    """A Block that returns all its outputs: the skips of the UNet."""
 
-    def __init__(self, dim, out_dim):
-        super().__init__()
-        self.half = dim // 2
-        self.linear_1 = nn.Linear(dim, out_dim)
-        self.linear_2 = nn.Linear(out_dim, out_dim)
+    def forward(self, *inputs):
+        return list(self.outputs(*inputs))
 
-    def forward(self, t, dtype):
-        k = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        angle = t[:, None].float() * torch.exp(-math.log(10000) * k / self.half)
-        emb = torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)  # (B, dim)
-        return self.linear_2(F.silu(self.linear_1(emb)))
+
+def sinusoids(t, dim):
+    """[cos(t·ω), sin(t·ω)], ω_k = 10000^(−k/half), k = 0 … half − 1, half = dim/2; t (B,) -> float32 (B, dim)."""
+    k = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    angle = t[:, None].float() * torch.exp(-math.log(10000) * k / (dim // 2))
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def checked(config, module, name):
     """`config`, lists for tuples, with the defaults filled in; ValueError for what `module` does not implement."""
     cfg = {key: list(x) if isinstance(x, tuple) else x for key, x in {**module.DEFAULTS, **config}.items()}
     for key in cfg.keys() - module.DEFAULTS.keys():
-        if not key.startswith("_") and cfg[key] not in module.ONLY.get(key, (None, False)):
+        implemented = [module.ONLY[key]] if key in module.ONLY else [None, False]
+        if not key.startswith("_") and cfg[key] not in implemented:
             raise ValueError(f"{name}: {key} = {cfg[key]!r} is not implemented")
     levels = [cfg[key] for key in ("block_out_channels", "down_block_types", "up_block_types")]
     if not len(levels[0]) == len(levels[1]) == len(levels[2]):
@@ -181,11 +153,11 @@ class UNet(nn.Module):
         down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], norm_num_groups=32, norm_eps=1e-5,
         up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, cross_attention_dim=768, attention_head_dim=8,
         use_linear_projection=False, upcast_attention=False, addition_embed_type_num_heads=64)  # two without effect
-    ONLY = dict(  # other settings: the implemented values, where they are not None and False
-        act_fn=["silu"], flip_sin_to_cos=[True], downsample_padding=[1], mid_block_type=["UNetMidBlock2DCrossAttn"],
-        mid_block_scale_factor=[1], transformer_layers_per_block=[1], resnet_out_scale_factor=[1], conv_in_kernel=[3],
-        resnet_time_scale_shift=["default"], time_embedding_type=["positional"], attention_type=["default"],
-        conv_out_kernel=[3])
+    ONLY = dict(  # other settings: the implemented value, where that is not None or False
+        act_fn="silu", flip_sin_to_cos=True, downsample_padding=1, mid_block_type="UNetMidBlock2DCrossAttn",
+        mid_block_scale_factor=1, transformer_layers_per_block=1, resnet_out_scale_factor=1, conv_in_kernel=3,
+        conv_out_kernel=3, resnet_time_scale_shift="default", attention_type="default",
+        time_embedding_type="positional")
     BLOCKS = ["DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"]
 
     def __init__(self, **config):
@@ -195,23 +167,24 @@ class UNet(nn.Module):
         temb_dim, top, heads = 4 * widths[0], len(widths) - 1, cfg["attention_head_dim"]  # sic: the number of heads
         resnet = partial(ResnetBlock, groups=groups, eps=cfg["norm_eps"], temb_dim=temb_dim)
 
-        def transformer(level, kind):
-            h = heads if isinstance(heads, int) else heads[level]
-            maker = partial(Transformer2D, heads=h, context_dim=cfg["cross_attention_dim"], groups=groups,
-                            linear=cfg["use_linear_projection"])
-            return maker if kind.startswith("CrossAttn") else None
+        def transformers(n, level, kind):
+            make = partial(Transformer2D, heads=heads if isinstance(heads, int) else heads[level], groups=groups,
+                           context_dim=cfg["cross_attention_dim"], linear=cfg["use_linear_projection"])
+            return [make] * n if kind.startswith("CrossAttn") else []
 
         self.conv_in = nn.Conv2d(cfg["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], temb_dim)
+        self.time_embedding = chain(linear_1=nn.Linear(widths[0], temb_dim), act=nn.SiLU(),
+                                    linear_2=nn.Linear(temb_dim, temb_dim))
         skips, self.down_blocks, self.up_blocks = [widths[0]], nn.ModuleList(), nn.ModuleList()
         for i, kind in enumerate(cfg["down_block_types"]):
-            self.down_blocks.append(DownBlock(widths[max(i - 1, 0)], widths[i], layers, resnet, transformer(i, kind),
-                                              padding=1 if i < top else None))
-            skips += [widths[i]] * (layers + (i < top))
+            inputs, halve = [skips[-1]] + [widths[i]] * (layers - 1), [partial(downsample, padding=1)] * (i < top)
+            self.down_blocks.append(DownBlock(inputs, widths[i], resnet, transformers(layers, i, kind), halve))
+            skips += [widths[i]] * (layers + len(halve))
         for i, kind in zip(reversed(range(top + 1)), cfg["up_block_types"]):
-            inputs = [widths[min(i + (n == 0), top)] + skips.pop() for n in range(layers + 1)]
-            self.up_blocks.append(UpBlock(inputs, widths[i], resnet, transformer(i, kind), upsample=i > 0))
-        self.mid_block = MidBlock(widths[top], resnet, transformer(top, "CrossAttn"))
+            inputs = [width + skips.pop() for width in [widths[min(i + 1, top)]] + [widths[i]] * layers]
+            up = [Upsample] * (i > 0)
+            self.up_blocks.append(Block(inputs, widths[i], resnet, transformers(layers + 1, i, kind), upsamplers=up))
+        self.mid_block = Block([widths[top]] * 2, widths[top], resnet, transformers(1, top, "CrossAttn"))
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=cfg["norm_eps"])
         self.conv_out = nn.Conv2d(widths[0], cfg["out_channels"], 3, padding=1)
         self.gradient_checkpointing = False
@@ -223,61 +196,18 @@ class UNet(nn.Module):
         image tokens or None; lam: λ of eq. 3. Returns (B, C, H, W).
         """
         t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
-        context = F.silu(self.time_embedding(t, x_t.dtype)), c_t, c_i, lam
+        temb = F.silu(self.time_embedding(sinusoids(t, self.conv_in.out_channels).to(x_t.dtype)))
+        inputs = temb, (c_t, c_i, lam)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         run = partial(checkpoint, use_reentrant=False) if recompute else lambda block, *args: block(*args)
-        x = self.conv_in(x_t)
-        skips = [x]
+        skips = [self.conv_in(x_t)]
         for block in self.down_blocks:
-            x, new = run(block, x, *context)
-            skips += new
-        x = run(self.mid_block, x, *context)
+            skips += run(block, skips[-1], *inputs)
+        x = run(self.mid_block, skips[-1], *inputs)
         for block in self.up_blocks:
             n = len(block.resnets)
             used, skips = skips[-n:], skips[:-n]
-            x = run(block, x, used, skips[-1].shape[2:] if skips else None, *context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class Encoder(nn.Module):
-    """Pixels to 2·latent_channels feature maps, the size halved between levels."""
-
-    def __init__(self, cfg, resnet, attention):
-        super().__init__()
-        widths, layers = cfg["block_out_channels"], cfg["layers_per_block"]
-        self.conv_in = nn.Conv2d(cfg["in_channels"], widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownBlock(widths[max(i - 1, 0)], width, layers, resnet, padding=0 if i < len(widths) - 1 else None)
-            for i, width in enumerate(widths))
-        self.mid_block = MidBlock(widths[-1], resnet, attention)
-        self.conv_norm_out = nn.GroupNorm(cfg["norm_num_groups"], widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg["latent_channels"], 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x, _ = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
-
-
-class Decoder(nn.Module):
-    """Latents to pixels, the size doubled between levels."""
-
-    def __init__(self, cfg, resnet, attention):
-        super().__init__()
-        widths, layers = cfg["block_out_channels"][::-1], cfg["layers_per_block"]
-        self.conv_in = nn.Conv2d(cfg["latent_channels"], widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], resnet, attention)
-        self.up_blocks = nn.ModuleList(
-            UpBlock([widths[max(i - 1, 0)]] + [width] * layers, width, resnet, upsample=i < len(widths) - 1)
-            for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(cfg["norm_num_groups"], widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], cfg["out_channels"], 3, padding=1)
-
-    def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
+            x = run(block, x, *inputs, used, skips[-1].shape[2:] if skips else None)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -292,7 +222,7 @@ class Gaussian(NamedTuple):
 
     def sample(self, generator=None):
         """μ + σ·ε, ε ~ N(0, I) drawn from `generator` (on its own device; None: PyTorch's global one)."""
-        device = self.mean.device if generator is None else generator.device
+        device = generator.device if generator else self.mean.device
         eps = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=device)
         return self.mean + torch.exp(0.5 * self.logvar) * eps.to(self.mean.device)
 
@@ -304,16 +234,34 @@ class AutoencoderKL(nn.Module):
         sample_size=512, in_channels=3, out_channels=3, block_out_channels=[128, 256, 512, 512], layers_per_block=2,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4,
         norm_num_groups=32, scaling_factor=0.18215, mid_block_add_attention=True, force_upcast=True)
-    ONLY = dict(act_fn=["silu"], use_quant_conv=[True], use_post_quant_conv=[True])
+    ONLY = dict(act_fn="silu", use_quant_conv=True, use_post_quant_conv=True)
     BLOCKS = ["DownEncoderBlock2D", "UpDecoderBlock2D"]
 
     def __init__(self, **config):
         super().__init__()
         self.config = cfg = checked(config, self, "AutoencoderKL")
-        resnet = partial(ResnetBlock, groups=cfg["norm_num_groups"], eps=1e-6)
-        attention = partial(SpatialAttention, groups=cfg["norm_num_groups"]) if cfg["mid_block_add_attention"] else None
-        self.encoder = Encoder(cfg, resnet, attention)
-        self.decoder = Decoder(cfg, resnet, attention)
+        widths, layers, groups = cfg["block_out_channels"], cfg["layers_per_block"], cfg["norm_num_groups"]
+        resnet = partial(ResnetBlock, groups=groups, eps=1e-6)
+
+        def levels(widths, layers, name, resize):
+            blocks = [Block([widths[max(i - 1, 0)]] + [width] * (layers - 1), width, resnet,
+                            **{name: [resize] * (i < len(widths) - 1)}) for i, width in enumerate(widths)]
+            return nn.Sequential(*blocks)
+
+        def middle(width):
+            attentions = [partial(SpatialAttention, groups=groups)] if cfg["mid_block_add_attention"] else []
+            return Block([width] * 2, width, resnet, attentions)
+
+        self.encoder = chain(
+            conv_in=nn.Conv2d(cfg["in_channels"], widths[0], 3, padding=1),
+            down_blocks=levels(widths, layers, "downsamplers", partial(downsample, padding=0)),
+            mid_block=middle(widths[-1]), conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[-1], 2 * cfg["latent_channels"], 3, padding=1))
+        self.decoder = chain(
+            conv_in=nn.Conv2d(cfg["latent_channels"], widths[-1], 3, padding=1), mid_block=middle(widths[-1]),
+            up_blocks=levels(widths[::-1], layers + 1, "upsamplers", Upsample),
+            conv_norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), act=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[0], cfg["out_channels"], 3, padding=1))
         self.quant_conv = nn.Conv2d(2 * cfg["latent_channels"], 2 * cfg["latent_channels"], 1)
         self.post_quant_conv = nn.Conv2d(cfg["latent_channels"], cfg["latent_channels"], 1)
 
@@ -329,35 +277,32 @@ class AutoencoderKL(nn.Module):
 
 # Published weights. Single-file checkpoints carry no config; theirs is Stable Diffusion 1.5's.
 
-SD15 = {
-    "unet": {}, "vae": {},  # the DEFAULTS above
-    "text_encoder": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-    "scheduler": dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-                      beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, clip_sample=False),
-}
+SD15 = dict(
+    unet={}, vae={},  # the DEFAULTS above
+    text_encoder=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+    scheduler=dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                   beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False, clip_sample=False))
 CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])  # OpenAI's
-FILES = {  # of each network: the stem of its weight file, its prefix in a single-file checkpoint
-    "unet": ("diffusion_pytorch_model", "model.diffusion_model."),
-    "vae": ("diffusion_pytorch_model", "first_stage_model."),
-    "text_encoder": ("model", "cond_stage_model.transformer."),
-    "image_encoder": ("model", None),
-}
+STEMS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model", image_encoder="model")
+PREFIXES = dict(unet="model.diffusion_model.", vae="first_stage_model.", text_encoder="cond_stage_model.transformer.")
 
 
-def diffusers_name(key, config):
-    """The name in diffusers' layout of a UNet or VAE tensor of a single-file checkpoint or of an older VAE file."""
-    layers, levels, kinds = config["layers_per_block"] + 1, len(config["block_out_channels"]), ["resnets", "attentions"]
+def our_name(key, config):
+    """Our (diffusers') name of a tensor of a published file: folder, single-file checkpoint or older VAE file."""
+    if not isinstance(config, dict):  # CLIP: published text encoders carry a prefix that transformers 5 does not
+        return key.removeprefix("text_model.")
+    layers, levels = config["layers_per_block"] + 1, len(config["block_out_channels"])
+
+    def block(match):  # the original UNet counts its blocks through all levels, input_blocks from 1
+        side, i = ("down", int(match[2]) - 1) if match[1] == "in" else ("up", int(match[2]))
+        return f"{side}_blocks.{i // layers}.{['resnets', 'attentions', 'upsamplers'][int(match[3])]}.{i % layers}"
+
     for pattern, new in (
-        # the UNet: its blocks are counted through all levels
-        (r"^time_embed\.([02])", lambda m: f"time_embedding.linear_{int(m[1]) // 2 + 1}"),
+        (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
         (r"^input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
-        (r"^input_blocks\.(\d+)\.0\.op", lambda m: f"down_blocks.{int(m[1]) // layers - 1}.downsamplers.0.conv"),
-        (r"^input_blocks\.(\d+)\.([01])",
-         lambda m: f"down_blocks.{(int(m[1]) - 1) // layers}.{kinds[int(m[2])]}.{(int(m[1]) - 1) % layers}"),
-        (r"^output_blocks\.(\d+)\.[12]\.conv", lambda m: f"up_blocks.{int(m[1]) // layers}.upsamplers.0.conv"),
-        (r"^output_blocks\.(\d+)\.([01])",
-         lambda m: f"up_blocks.{int(m[1]) // layers}.{kinds[int(m[2])]}.{int(m[1]) % layers}"),
-        (r"^middle_block\.([012])", lambda m: f"mid_block.{kinds[int(m[1]) % 2]}.{int(m[1]) // 2}"),
+        (r"^(in|out)put_blocks\.(\d+)\.([012])", block), (r"resnets\.\d+\.op", "downsamplers.0.conv"),
+        (r"(attentions|upsamplers)\.\d+\.conv", "upsamplers.0.conv"), (r"^middle_block\.0", "mid_block.resnets.0"),
+        (r"^middle_block\.1", "mid_block.attentions.0"), (r"^middle_block\.2", "mid_block.resnets.1"),
         (r"\.in_layers\.0", ".norm1"), (r"\.in_layers\.2", ".conv1"), (r"\.emb_layers\.1", ".time_emb_proj"),
         (r"\.out_layers\.0", ".norm2"), (r"\.out_layers\.3", ".conv2"), (r"\.skip_connection", ".conv_shortcut"),
         # the VAE: its decoder counts levels from the top
@@ -371,11 +316,6 @@ def diffusers_name(key, config):
     ):
         key = re.sub(pattern, new, key)
     return key
-
-
-def clip_name(key, config=None):
-    """The name of a CLIP tensor without the prefix that published text encoders carry and transformers 5 does not."""
-    return key.removeprefix("text_model.")
 
 
 def read_json(path):
@@ -394,35 +334,31 @@ def write_json(path, content):
 
 def read_tensors(path, prefix):
     """Yield (name, tensor) of the names under `prefix`, memory-mapped: nothing is read before it is used.
-
-    `.safetensors`, or a pickle of plain tensors (`weights_only`); ValueError if it is neither.
-    """
+    ValueError if it is neither `.safetensors` nor a pickle of plain tensors (`weights_only`)."""
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
             names, get = file.keys(), file.get_tensor
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            names = tensors = tensors.get("state_dict", tensors)
-            get = tensors.get
+            tensors = tensors.get("state_dict", tensors)
+            names, get = tensors.keys(), tensors.get
         yield from ((name.removeprefix(prefix), get(name)) for name in names if name.startswith(prefix))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{path} is not a readable weight file: {reason}") from error
 
 
-def build(kind, config, where, rename=clip_name, prefix="", device="cpu", dtype=torch.float32):
+def build(kind, config, where, prefix="", device="cpu", dtype=torch.float32):
     """A `kind` of network whose parameters *are* the tensors of a file: built on meta, so there is no second copy.
-
-    where: the file, or its folder. ValueError names the first tensor that is missing, misshapen or unexpected.
-    """
+    where: the file, or its folder. ValueError names the first tensor that is missing, misshapen or unexpected."""
     path = where if where.is_file() else weight_file(where, dtype)
     with torch.device("meta"):
         model = kind(**config) if kind in (UNet, AutoencoderKL) else kind(kind.config_class.from_dict(config))
     expected = {name: list(p.shape) for name, p in model.state_dict().items()}
-    own, found, wrong = {rename(name, model.config): name for name in expected}, {}, []
+    own, found, wrong = {our_name(name, model.config): name for name in expected}, {}, []
     for name, tensor in read_tensors(path, prefix):
-        mine = own.get(rename(name, model.config))
+        mine = own.get(our_name(name, model.config))
         if mine and len(expected[mine]) == 2 and tensor.shape[2:] == (1, 1):
             tensor = tensor.flatten(1)  # a 1×1 convolution that newer files hold as a matrix
         if mine and list(tensor.shape) == expected[mine]:
@@ -450,8 +386,8 @@ def weight_file(folder, dtype):
     for pattern in weight_patterns(dtype):
         for path in folder.glob(pattern):
             return path
-    stem, _ = FILES.get(folder.name, FILES["image_encoder"])
-    raise FileNotFoundError(f"{folder / stem}.safetensors is missing, and so are its .fp16 and .bin forms")
+    stem = folder / STEMS.get(folder.name, "model")
+    raise FileNotFoundError(f"{stem}.safetensors is missing, and so are its .fp16 and .bin forms")
 
 
 def locate(path, parts, dtype):
@@ -474,23 +410,13 @@ def locate(path, parts, dtype):
 
 def find_image_encoder(path, given, dtype):
     """The folder of Γ_i: `given` (folder or hub id) or inside it; if None, in or beside the checkpoint, else None."""
-    places = [path, path.parent, path.parent / "IP-Adapter"]
+    places, names = [path, path.parent, path.parent / "IP-Adapter"], ["image_encoder", "models/image_encoder"]
     if given:
-        places = [locate(given, ["models/image_encoder"], dtype)]
-    folders = [place / name for place in places for name in ("image_encoder", "models/image_encoder")]
-    for folder in folders + places * bool(given):
-        if (folder / "config.json").is_file():
-            return folder
-    if given:
+        places, names = [locate(given, ["models/image_encoder"], dtype)], [*names, "."]
+    folders = [place / name for place in places for name in names if (place / name / "config.json").is_file()]
+    if given and not folders:
         raise FileNotFoundError(f"{given} holds no image encoder: image_encoder/config.json is missing")
-
-
-def load_tokenizer(folder):
-    from transformers import CLIPTokenizer  # which makes up an empty one if there are no files
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(f"{folder} holds no tokenizer: vocab.json and merges.txt are missing")
-    return CLIPTokenizer.from_pretrained(folder)
+    return folders[0] if folders else None
 
 
 def make_schedule(config):
@@ -511,9 +437,7 @@ def like(x, module):
 
 class StableDiffusion:
     """A checkpoint: unet, vae, text_encoder (Γ_τ), tokenizer, image_encoder (Γ_i, may be None), schedule.
-
-    `scheduler` and `preprocessor` are the contents of the published JSON files.
-    """
+    `scheduler` and `preprocessor` are the contents of the published JSON files."""
 
     def __init__(self, unet, vae, text_encoder, tokenizer, image_encoder=None, scheduler=SD15["scheduler"],
                  preprocessor=CLIP):
@@ -529,36 +453,34 @@ class StableDiffusion:
         config: for a single file, folder or hub id of its tokenizer and, if it is not SD 1.5, of its config.json files.
         FileNotFoundError names a missing part, ValueError a tensor or setting that does not fit.
         """
-        from transformers import CLIPTextModel, CLIPVisionModelWithProjection  # here, because it takes seconds
+        from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection  # here: it takes seconds
 
-        path = locate(path, ["unet", "vae", "text_encoder"], dtype)
+        path = locate(path, PREFIXES, dtype)
         single = path.is_file()
         root = locate(config or "openai/clip-vit-large-patch14", [], dtype) if single else path
-        to = dict(device=device, dtype=dtype)
 
         def settings(name, file="config.json"):
             return SD15[name] if single and not (root / name / file).is_file() else read_json(root / name / file)
 
-        def network(name, kind, rename):
-            where, prefix = (path, FILES[name][1]) if single else (path / name, "")
-            return build(kind, settings(name), where, rename, prefix, **to)
+        def network(name, kind):
+            where, prefix = (path, PREFIXES[name]) if single else (path / name, "")
+            return build(kind, settings(name), where, prefix, device, dtype)
 
-        unet, vae = network("unet", UNet, diffusers_name), network("vae", AutoencoderKL, diffusers_name)
-        text_encoder = network("text_encoder", CLIPTextModel, clip_name)
-        tokenizer = load_tokenizer(root if single and not (root / "tokenizer").is_dir() else root / "tokenizer")
+        networks = network("unet", UNet), network("vae", AutoencoderKL), network("text_encoder", CLIPTextModel)
+        words = root if single and not (root / "tokenizer").is_dir() else root / "tokenizer"
+        if not any((words / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # an empty one is made up
+            raise FileNotFoundError(f"{words} holds no tokenizer: vocab.json and merges.txt are missing")
         vision, preprocessor = None, CLIP
         if folder := find_image_encoder(path, image_encoder, dtype):
-            vision = build(CLIPVisionModelWithProjection, read_json(folder / "config.json"), folder, **to)
+            vision = build(CLIPVisionModelWithProjection, read_json(folder / "config.json"), folder, "", device, dtype)
             for file in (folder / "preprocessor_config.json", root / "feature_extractor/preprocessor_config.json"):
                 preprocessor = read_json(file) if file.is_file() else preprocessor
         scheduler = settings("scheduler", "scheduler_config.json")
-        return cls(unet, vae, text_encoder, tokenizer, vision, scheduler, preprocessor)
+        return cls(*networks, CLIPTokenizer.from_pretrained(words), vision, scheduler, preprocessor)
 
     def save(self, folder, dtype=torch.float16):
         """Write `folder` in the published layout, which diffusers opens; whatever else is in it stays.
-
-        Everything is written under a temporary name first; then each part takes the old one's place.
-        """
+        Everything is written under a temporary name first; then each part takes the old one's place."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -574,13 +496,14 @@ class StableDiffusion:
         index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", self.scheduler["_class_name"]],
                  "tokenizer": ["transformers", "CLIPTokenizer"], "feature_extractor": [None, None],
                  "image_encoder": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
-        for name, (stem, _) in FILES.items():
+        for name, stem in STEMS.items():
             if (net := getattr(self, name)) is None:
                 continue
             ours, prefix = isinstance(net.config, dict), "text_model." if name == "text_encoder" else ""
             index[name] = ["diffusers", net.config["_class_name"]] if ours else ["transformers", type(net).__name__]
             write_json(folder / name / "config.json", net.config if ours else net.config.to_diff_dict())
-            tensors = {prefix + clip_name(k): x.to("cpu", dtype).contiguous() for k, x in net.state_dict().items()}
+            tensors = {prefix + key.removeprefix(prefix): x.to("cpu", dtype).contiguous()
+                       for key, x in net.state_dict().items()}
             save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
         self.tokenizer.save_pretrained(folder / "tokenizer")
         if backend := getattr(self.tokenizer, "backend_tokenizer", None):
@@ -602,9 +525,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_prompts(self, prompts):
         """c_τ = Γ_τ(τ): last hidden states after the final LayerNorm, padded to the window (77 tokens), no mask.
-
-        prompts: list of B strings; one that is too long is cut, with a warning. Returns (B, L, D).
-        """
+        prompts: list of B strings; one that is too long is cut, with a warning. Returns (B, L, D)."""
         window = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         for prompt, ids in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids):
             if len(ids) > window:
@@ -617,9 +538,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_latents(self, images, generator=None):
         """z_0 = s·(μ + σ·ε), N(μ, σ²) = VAE(x), s = `scaling_factor`, 0.18215 in Stable Diffusion.
-
-        images (B, 3, H, W) in [−1, 1] -> (B, C, h, w). ε ~ N(0, I) comes from `generator`; None: ε = 0, the mode.
-        """
+        images (B, 3, H, W) in [−1, 1] -> (B, C, h, w). ε ~ N(0, I) comes from `generator`; None: ε = 0, the mode."""
         posterior = self.vae.encode(like(images, self.vae))
         return self.vae.config["scaling_factor"] * (posterior.sample(generator) if generator else posterior.mode())
 
@@ -631,29 +550,21 @@ class StableDiffusion:
     @torch.no_grad()
     def embed_images(self, images):
         """Γ_i(x): the CLIP embeddings of photos, (B, 3, H, W) in [−1, 1] or a list of B PIL images -> (B, E).
-
-        ValueError if there is no image encoder.
-        """
+        ValueError if there is no image encoder."""
         return self.image_encoder(like(self.clip_pixels(images), self.image_encoder)).image_embeds
 
     def clip_pixels(self, images):
         """CLIP's preprocessing: shortest edge to the encoder's size S (bicubic), centre crop, normalise: (B, 3, S, S).
-
-        images, errors: as embed_images. PIL images come out exactly as from the published CLIPImageProcessor.
-        """
+        images, errors: as embed_images. PIL images come out exactly as from the published CLIPImageProcessor."""
         if self.image_encoder is None:
             raise ValueError("the checkpoint has no image encoder: name the folder or hub id of one (h94/IP-Adapter)")
-        size = self.image_encoder.config.image_size
+        from torchvision.transforms.functional import InterpolationMode, resize, to_tensor  # here: it takes a second
 
-        def shape(height, width):
-            return int(size * height / min(height, width)), int(size * width / min(height, width))
-
+        size, bicubic = self.image_encoder.config.image_size, InterpolationMode.BICUBIC
         if isinstance(images, torch.Tensor):
-            resized = F.interpolate(images.float(), shape(*images.shape[2:]), mode="bicubic", antialias=True)
-            views = [resized.clamp(-1, 1) / 2 + 0.5]
+            views = [resize(images.float(), size, bicubic, antialias=True).clamp(-1, 1) / 2 + 0.5]
         else:
-            resized = [x.convert("RGB").resize(shape(x.height, x.width)[::-1], Image.BICUBIC) for x in images]
-            views = [torch.from_numpy(np.array(x)).permute(2, 0, 1)[None] / 255 for x in resized]
+            views = [to_tensor(resize(photo.convert("RGB"), size, bicubic))[None] for photo in images]
         views = [x[..., (x.shape[2] - size) // 2 :, (x.shape[3] - size) // 2 :][..., :size, :size] for x in views]
         mean, std = (views[0].new_tensor(self.preprocessor[key])[:, None, None] for key in ("image_mean", "image_std"))
         return (torch.cat(views) - mean) / std

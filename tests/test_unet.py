@@ -650,7 +650,7 @@ def test_full_size_unet_is_loaded_without_a_second_copy(tmp_path):
         def peak():
             return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
         before = peak()
-        net = unet.build(unet.UNet, {{}}, pathlib.Path({str(path)!r}), unet.diffusers_name)
+        net = unet.build(unet.UNet, {{}}, pathlib.Path({str(path)!r}))
         total = sum(p.double().sum().item() for p in net.parameters())
         print(peak() - before)"""
     root = Path(module.__file__).parent
