@@ -1,4 +1,4 @@
-"""Metrics: FID, Inception Score and KID of two folders of pictures (paper, section 2).
+"""Metrics: FID, Inception Score and KID of two folders of pictures, and Table 1 (paper, sections 2 and 4).
 
     FID = ‖μ_p − μ_q‖² + Tr(Σ_p + Σ_q − 2(Σ_pΣ_q)^½)             (4)
     IS  = exp(E_x[D_KL(p(y|x) ‖ p(y))])                          (5)
@@ -10,28 +10,40 @@ numbers of different judges, resizes or numbers of pictures cannot be compared.
 
 Where we deviate: the paper takes p(y) uniform over the classes, everybody else the mean of p(y|x).
 Both are computed and named. Features are float32, all statistics float64.
+
+    python metrics.py REAL_DIR GENERATED_DIR
+    python metrics.py --table                    Table 1 on toy people never seen in training (`Exam`)
+    python metrics.py --sweep refs | lam         quality against the number of references, or against λ
 """
 
 import argparse
+import copy
 import hashlib
+import json
+import subprocess
+import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.linalg import LinAlgError, cholesky
 from scipy.linalg.blas import dtrmm
 from torchvision.models.inception import Inception3
 from tqdm import tqdm
 
-from data import (IDENTITY, PICTURES, Features, FeatureNet, ToyFaces, cached, open_all, save_grid, split, to_tensor,
+from aggregators import fit_references
+from data import (IDENTITY, PICTURES, FeatureNet, ToyFaces, cached, fingerprint, open_all, save_grid, to_tensor,
                   write_whole)
-from ip_adapter import IPAdapter, generate
-from sample import DTYPE
-from train import ADAPTER, TINY, label_tensors, pick_device, pick_precision, round_trip, run
+from dreambooth import class_images, latents, prompts
+from ip_adapter import IPAdapter, generate, read_adapter
+from train import (ADAPTER, DREAMBOOTH, TINY, autocast, fine_tune, label_tensors, pick_device, pick_precision,
+                   round_trip, run)
 from unet import StableDiffusion
 
 EPS = np.finfo(np.float64).eps
@@ -270,7 +282,7 @@ def read_folder(folder, judge, batch=32, device="cpu"):
         raise ValueError(f"{folder}: {judge.name} gives features that are not finite")
     modes, sizes = ([k for k in facts if isinstance(k, t)] for t in (str, tuple))
     if len(sizes) > 1 or modes != ["RGB"]:
-        print(f"note: {folder}: {len(sizes)} different sizes, modes {', '.join(modes)}; each converted to RGB and resized")
+        print(f"note: {folder}: {len(sizes)} different sizes, modes {', '.join(modes)}; all converted to RGB, resized")
     return features, probs
 
 
@@ -282,37 +294,64 @@ def compare_folders(args):
     for marginal in ("uniform", "empirical"):
         rows[f"IS ({marginal} p(y))"] = inception_score(probs, marginal, args.splits, args.seed)
     if min(len(x), len(y)) <= x.shape[1]:
-        print(f"note: not more pictures than features ({x.shape[1]}): FID is far too high, compare only at equal numbers")
+        print(f"note: not more pictures than features ({x.shape[1]}): FID is far too high, compare at equal numbers")
     print(f"features: {judge.name}\npictures: {len(x)} real, {len(y)} generated; IS over {args.splits} split(s)\n")
     print("| metric | value |\n|---|---|\n" + "\n".join(f"| {k} | {v:.6g} |" for k, v in rows.items()))
 
 
 # --------------------------------------------------------------------------- Table 1
 
-def methods(runs):
-    """Rows of Table 1: name -> (adapter file, aggregator), None for text only. Runs that are not there are left out."""
-    rows = {"IP-Adapter": (TINY / ADAPTER, "none"), "IP-Adapter + Max Pooling": (TINY / ADAPTER, "max"),
-            "IP-Adapter + Avg Pooling": (TINY / ADAPTER, "avg"), "IP-Adapter + Self-Attention": (runs / "selfattn", "selfattn"),
-            "text only": None}
-    rows |= {f"{agg}, trained like Self-Attention": (runs / agg, agg) for agg in ("none", "max", "avg", "concat")}
-    files = {name: row and (row[0] if row[0].suffix else row[0] / "ip-adapter.safetensors", row[1]) for name, row in rows.items()}
-    return {name: row for name, row in files.items() if row is None or row[0].is_file()}
+RECIPE = ("data", "people", "steps", "batch", "lr", "seed", "init")   # what `train.train_adapter` writes into its files
+
+
+def trained_adapters(args, *names):
+    """{aggregator: its file in --runs}, trained if it is missing. ValueError unless all have the first one's recipe."""
+    files, recipe = {name: args.runs / name / "ip-adapter.safetensors" for name in names}, {}
+    for name, file in files.items():
+        if not file.is_file():
+            words = [sys.executable, Path(__file__).with_name("train.py"), "--agg", name, "--model", TINY, "--out",
+                     file.parent, "--device", args.device, *(word for k, v in recipe.items() for word in (f"--{k}", v))]
+            if subprocess.run([str(word) for word in words]).returncode:
+                raise ValueError(f"{file} is missing, and training it failed")
+        found = read_adapter(file)[1]
+        recipe = recipe or {k: found.get(k, "known") for k in RECIPE}
+        if wrong := [f"{k} {found.get(k, 'unknown')}, not {v}" for k, v in recipe.items() if found.get(k) != v]:
+            raise ValueError(f"{file} was trained with other options than {names[0]} ({'; '.join(wrong)}): "
+                             "move it away, and this command trains it anew")
+    return files
 
 
 @torch.inference_mode()
-def make_pictures(sd, row, held, targets, references, args):
-    """One picture for every target photo: its prompt and the person's other photos -> uint8 (n, 3, H, W)."""
-    adapter, made = row and IPAdapter.load(row[0], sd.unet, row[1]), []
-    weights = next(sd.unet.parameters())
-    null_c_t = held.null_c_t.to(weights)
-    for i in tqdm(range(0, len(targets), args.batch), "pictures", leave=False):
-        c_t, c_i, null_c_i = held.c_t[held.prompt[targets[i:i + args.batch]]].to(weights), None, None
-        if adapter:
-            embeds = held.embeds[references[i:i + args.batch]].to(weights)
-            c_i, null_c_i = adapter.tokens(embeds), adapter.tokens(torch.zeros_like(embeds[:1]))
-        images = generate(sd, c_t, null_c_t, c_i, null_c_i, args.guidance, args.lam, args.steps, seed=args.seed + i)
+def make_pictures(sd, texts, args, seed, adapter=None, embeds=None, lam=1.0):
+    """{"x": pictures of n prompts from the noise of seed, seed + 1, …, uint8 (n, 3, H, W), "seconds": those of all}.
+
+    embeds (n, N, E): the references of each, for `adapter`.
+    """
+    began, made, c_i, null_c_i = time.perf_counter(), [], None, None
+    for i in tqdm(range(0, len(texts), args.batch), "pictures", leave=False):
+        with autocast(args):
+            c_t = sd.encode_prompts([*texts[i:i + args.batch], ""]).float()
+            if adapter:
+                e = embeds[i:i + args.batch].to(c_t)
+                c_i, null_c_i = adapter.tokens(e), adapter.tokens(torch.zeros_like(e[:1]))
+            images = generate(sd, c_t[:-1], c_t[-1:], c_i, null_c_i, args.guidance, lam, args.steps, seed=seed + i)
         made.append(((images.float().cpu() + 1) * 127.5).round().byte())
-    return torch.cat(made)
+    return {"x": torch.cat(made), "seconds": torch.tensor(time.perf_counter() - began)}
+
+
+def taught(sd, x, args, **options):
+    """A copy of `sd` that DreamBooth taught the photos x (uint8) as "sks person"; options: where not train.py's own."""
+    options = argparse.Namespace(**{
+        **vars(args), **DREAMBOOTH, "prior_weight": 1.0, "lora": None, "train_text_encoder": False,
+        "checkpointing": False, "accumulate": 1, "every": 10**9, "resume": False, **options})
+    person, texts = copy.copy(sd), prompts("sks", "person")
+    with autocast(args):   # the class pictures are made once and then kept
+        z_0 = sd.encode_latents(to_tensor(x).to(args.device)).float()
+        z_pr = latents(sd, class_images(sd, texts[1], Path(".cache"), 100, args.seed), None)
+    person.unet = copy.deepcopy(sd.unet)
+    with TemporaryDirectory() as out:
+        fine_tune(person, texts, z_0, z_pr if options.prior_weight else z_pr[:0], Path(out), options)
+    return person
 
 
 @torch.inference_mode()
@@ -330,67 +369,189 @@ def judged(judge, x, labels, device):
             "prompt": right[:, n:].sum(1) / seen[:, n:].sum(1)}
 
 
-def table_row(name, said, real, people, photos):
-    """One Markdown row; identity, prompt and FID with 95 % intervals over people."""
-    groups = torch.arange(people * photos).view(people, photos)
-
-    def interval(statistic, n=1000):
-        low, high = bootstrap_ci(groups, lambda g: statistic(torch.cat(g)), n)
-        return f"{statistic(groups.flatten()):.3g} ({low:.3g}–{high:.3g})"
-
-    def mean(key):
-        return interval(lambda i: float(said[key][i].double().mean()))
-
-    cells = [interval(lambda i: fid(real["features"], said["features"][i]), 100),
-             f"{kernel_distance(real['features'], said['features']):.3g}",
-             *(f"{inception_score(said['probs'], marginal):.2f}" for marginal in ("uniform", "empirical")),
-             mean("identity"), mean("prompt"), str(people * photos)]
-    return f"| {name} | " + " | ".join(cells) + " |"
+@torch.inference_mode()
+def embedded(sd, x):
+    """uint8 pictures (n, 3, H, W) -> their image embeddings (n, E)."""
+    return torch.cat([sd.embed_images(to_tensor(part)).cpu() for part in x.split(64)])
 
 
-def table(args):
-    """The paper's Table 1 on toy people that nobody trained on; rows that were made before are not made again."""
-    for name, most in (("people", 150), ("photos", 10)):   # of 400 test people the first hundred are for validation
-        if not 2 <= getattr(args, name) <= most:
-            raise ValueError(f"--{name} {getattr(args, name)}: from 2 to {most}")
-    device, dtype = args.device, DTYPE[pick_precision("auto", args.device)]
-    sd, judge = StableDiffusion.load(TINY, device, dtype), ToyJudge.load(TINY / "feature_net").to(device)
-    faces = ToyFaces(1200, seed=1, size=sd.image_size)
-    _, people = split(faces.people)
-    tested, others = people[-args.people:], people[-2 * args.people:-args.people]   # the first hundred are for validation
-    held = Features(sd, tested, faces.key)
-    targets = torch.cat([group[:args.photos] for group in held.groups])
-    references = torch.stack([group[group != i] for group in held.groups for i in group[:args.photos]])
-    shots = [photo for person in tested for photo in person.photos[:args.photos]]
-    other_shots = [photo for person in others for photo in person.photos[:args.photos]]
-    weights = hashlib.sha256((TINY / "unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    labels, real = [shot.labels for shot in shots], torch.from_numpy(np.stack(list(open_all(shots))))
-    truth = judged(judge, real, labels, device)
+def likeness(e, references, held, target):
+    """CLIP-I = mean cosine to the person's held-out photos;   copy = cosine to the nearest reference − CLIP-I.
 
-    def row(name, x, labels=labels):
-        lines.append(table_row(name, judged(judge, x, labels, device), truth, args.people, args.photos))
-        print(lines[-1], flush=True)
+    Embeddings e (P, n, E) of n pictures of P people, references (P, 9, E), held (P, m, E) -> CLIP-I, copy: (P·n,).
+    target (n,): the held-out photo whose scene a picture shows, and which therefore does not count.
+    """
+    e, references, held = (F.normalize(v, dim=2) for v in (e, references, held))
+    others = 1 - F.one_hot(target, held.shape[1])   # (n, m)
+    clip_i = (e @ held.mT * others).sum(2) / others.sum(1)
+    return clip_i.flatten(), ((e @ references.mT).amax(2) - clip_i).flatten()
 
-    head = ["method", "FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑", "identity ↑", "prompt ↑", "N"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    print(f"features: {judge.name}\n\n" + "\n".join(lines))
-    sheet = {"a photo of the person": real}
-    for name, method in methods(args.runs).items():
-        adapter = method and hashlib.sha256(method[0].read_bytes()).hexdigest()
-        settings = (args.people, args.photos, args.guidance, args.lam, args.steps, args.seed, args.batch, dtype)
-        sheet[name] = cached(lambda: {"x": make_pictures(sd, method, held, targets, references, args)},
-                             "table", faces.key, weights, adapter, method and method[1], settings)["x"]
-        row(name, sheet[name])
-    row("VAE round trip of the real photos", torch.cat([round_trip(sd, part) for part in real.split(64)]))
-    row("photos of other people", torch.from_numpy(np.stack(list(open_all(other_shots)))), [s.labels for s in other_shots])
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out / "table.md", lambda part: part.write_text("\n".join(lines) + "\n"))
-    save_grid(args.out / "figure6.png", [list(to_tensor(x[: 8 * args.photos: args.photos])) for x in sheet.values()], captions=list(sheet))
-    print(f"wrote {args.out}/table.md and figure6.png")
+
+def shown(v):
+    """A cell: a number, or (number, low, high), or nothing."""
+    if isinstance(v, tuple):
+        return f"{shown(v[0])} ({shown(v[1])} … {shown(v[2])})"
+    return "–" if v is None else str(v) if isinstance(v, int) else f"{v:.1f}" if abs(v) >= 10 else f"{v:.3f}"
+
+
+class Exam:
+    """Toy people that nobody was trained on: what every method is given of them, and what is said of its pictures.
+
+    ToyFaces' seed 0 is the base model's, seed 1 the adapters', and the first hundred people of seed 2 are validation.
+    A person has nine references and, held out, as many photos as pictures will be made: the real photos of FID and KID.
+    The prompts of the first --photos of these are asked for, --seeds times each, every picture from noise of its own.
+    """
+    COLUMNS = ("FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑", "identity ↑", "prompt ↑", "copy", "CLIP-I ↑",
+               "CLIP-T ↑", "s/picture ↓", "N")
+
+    def __init__(self, args):
+        if args.people < 2 or min(args.photos, args.seeds) < 1 or args.photos * args.seeds < 2:
+            raise ValueError("at least two people (--people), and two pictures of each (--photos times --seeds)")
+        self.args, self.n, self.rows, self.lines = args, args.photos * args.seeds, {}, []
+        self.sd = StableDiffusion.load(TINY, args.device)
+        self.judge = ToyJudge.load(TINY / "feature_net").to(args.device)
+        # twice as many people: the second half only to show what real photos score
+        self.people = ToyFaces(100 + 2 * args.people, 9 + self.n, self.sd.image_size, seed=2).people[100:]
+        x = torch.from_numpy(np.stack(list(open_all([photo for person in self.people for photo in person.photos]))))
+        self.x, self.embeds = (v.unflatten(0, (len(self.people), -1)) for v in (x, embedded(self.sd, x)))
+        real = (to_tensor(x[9:]).to(args.device) for x in self.x[:args.people])
+        self.real = torch.cat([self.judge.features(x).detach().cpu() for x in real])
+        self.target = torch.arange(args.photos).repeat_interleave(args.seeds)   # (n,) held-out photo of each picture
+        self.texts = [person.photos[9 + q].prompt for person in self.people[:args.people] for q in self.target]
+        unet = hashlib.sha256((TINY / "unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        self.key = [ToyFaces(0, seed=2).key, unet, fingerprint(self.sd), *(
+            getattr(args, k) for k in ("photos", "seeds", "guidance", "steps", "seed", "precision"))]
+        self.say("method", *self.COLUMNS)
+        self.say(*["---"] * (1 + len(self.COLUMNS)))
+
+    def say(self, *cells):
+        self.lines.append(f"| {' | '.join(cells)} |")
+        print(self.lines[-1], flush=True)
+
+    def adapter(self, file, agg, references=9, lam=1.0):
+        """Pictures of an adapter with the first `references`; file None: text only."""
+        def compute():
+            adapter = file and IPAdapter.load(file, self.sd.unet, agg)
+            embeds = self.embeds[:self.args.people, :references]
+            if agg == "selfattn":
+                embeds = fit_references(embeds, 9, torch.Generator().manual_seed(0))
+            return make_pictures(self.sd, self.texts, self.args, self.args.seed, adapter,
+                                 embeds.repeat_interleave(self.n, 0), lam)
+
+        digest = file and hashlib.sha256(file.read_bytes()).hexdigest()
+        return cached(compute, *self.key, self.args.people, digest, agg, references, lam)
+
+    def dreambooth(self):
+        """Pictures of "sks person", each person learned from the same weights; the seconds include that."""
+        def compute():
+            began, first = time.perf_counter(), p * self.n
+            texts = [text.replace("person", "sks person") for text in self.texts[first:first + self.n]]
+            person = taught(self.sd, self.x[p, :9], self.args)
+            made = make_pictures(person, texts, self.args, self.args.seed + first)
+            return {"x": made["x"], "seconds": torch.tensor(time.perf_counter() - began)}
+
+        made = []
+        for p in tqdm(range(self.args.people), "DreamBooth, people"):
+            made.append(cached(compute, *self.key, "DreamBooth", p, DREAMBOOTH))
+        return {"x": torch.cat([one["x"] for one in made]), "seconds": sum(one["seconds"] for one in made)}
+
+    @torch.inference_mode()
+    def row(self, name, x, seconds=None, first=0):
+        """Judge pictures x of the people from `first` on, or real photos (no seconds); print and return their row."""
+        who, device = slice(first, first + self.args.people), self.args.device
+        target = torch.arange(self.n) if seconds is None else self.target
+        shots = [person.photos[9 + q] for person in self.people[who] for q in target]
+        said, e = judged(self.judge, x, [shot.labels for shot in shots], device), embedded(self.sd, x)
+        groups = torch.arange(len(x)).view(self.args.people, -1)
+        said["CLIP-I"], said["copy"] = likeness(e[groups], *self.embeds[who].split([9, self.n], dim=1), target)
+        ids = self.sd.tokenizer([shot.prompt for shot in shots], padding=True, return_tensors="pt").input_ids
+        clip_t = F.cosine_similarity(e, self.sd.text_encoder(ids.to(device)).pooler_output.cpu()).mean()
+
+        def interval(statistic, draws=1000):
+            return statistic(groups.flatten()), *bootstrap_ci(groups, lambda g: statistic(torch.cat(g)), draws)
+
+        row = self.rows[name] = dict(zip(self.COLUMNS, (
+            interval(lambda i: fid(self.real, said["features"][i]), 200), kernel_distance(self.real, said["features"]),
+            inception_score(said["probs"], "uniform"), inception_score(said["probs"]),
+            *(interval(lambda i: float(said[key][i].mean())) for key in ("identity", "prompt", "copy")),
+            float(said["CLIP-I"].mean()), float(clip_t), None if seconds is None else float(seconds) / len(x), len(x))))
+        self.say(name, *map(shown, row.values()))
+        return row
+
+    def write(self, stem):
+        """--out/<stem>.md and .json."""
+        a, command = self.args, " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        note = f"""
+`{command}`: {a.people} people never seen in training, {a.photos} prompts each, {a.seeds} pictures a prompt,
+w = {a.guidance}, {a.steps} steps, seed {a.seed}. FID, KID and IS: {self.judge.name}.
+In brackets: 95 % intervals over people. Identity, prompt: right attributes among those that the prompt leaves visible.
+CLIP-I: cosine to the person's other held-out photos; copy: cosine to the nearest reference, minus CLIP-I.
+DreamBooth's seconds include fine-tuning and a share of the class pictures, which are made once for all.
+"""
+        content = {"command": command, "features": self.judge.name, "dreambooth": DREAMBOOTH,
+                   "settings": {k: str(v) for k, v in vars(a).items()}, "rows": self.rows}
+        a.out.mkdir(parents=True, exist_ok=True)
+        for end, text in ((".md", "\n".join([*self.lines, note])), (".json", json.dumps(content, indent=1))):
+            write_whole(a.out / (stem + end), lambda part: part.write_text(text))
+        print(f"{note}wrote {a.out}/{stem}.md, {stem}.json")
+
+
+def report(args):
+    """--table: the paper's Table 1 and, below a line, controls. --sweep: of some of its methods, every number of
+    references or every λ, and a picture of the curves. What was made before is not made again."""
+    files, shipped = trained_adapters(args, "selfattn", "max", "avg", "concat"), TINY / ADAPTER
+    methods = {"IP-Adapter": (shipped, "none"), "DreamBooth": None, "IP-Adapter + Max Pooling": (shipped, "max"),
+               "IP-Adapter + Avg Pooling": (shipped, "avg"),
+               "IP-Adapter + Self-Attention": (files["selfattn"], "selfattn"), "text only": (None, None),
+               **{f"{agg.title()}, fine-tuned": (files[agg], agg) for agg in ("max", "avg", "concat")}}
+    if args.sweep == "refs":
+        names = [name for name in methods if "Pooling" in name or "Self" in name] + ["Avg, fine-tuned"]
+        methods = {f"{name}; references: {n}": (*methods[name], n) for name in names for n in range(1, 10)}
+    elif args.sweep == "lam":
+        names = "IP-Adapter", "IP-Adapter + Self-Attention"
+        methods = {f"{name}; λ = {k / 4}": (*methods[name], 9, k / 4) for name in names for k in range(7)}
+    exam, curves = Exam(args), {}
+    sheet = {"reference": exam.x[:args.people, 0]}
+    for name, method in methods.items():
+        if name == "text only":
+            exam.say("*controls*", *[""] * len(exam.COLUMNS))
+        made = exam.adapter(*method) if method else exam.dreambooth()
+        row = exam.row(name, **made)
+        sheet[name.removeprefix("IP-Adapter + ")] = made["x"][::exam.n]
+        if args.sweep:
+            x = method[2] if args.sweep == "refs" else row["prompt ↑"][0]
+            curves.setdefault(name.split(";")[0], []).append((x, row["identity ↑"][0]))
+    if args.sweep:
+        exam.write(f"sweep_{args.sweep}")
+        title = f"identity against {'number of references' if args.sweep == 'refs' else 'prompt fidelity'}"
+        return plot(args.out / f"sweep_{args.sweep}.png", curves, title)
+    exam.row("VAE round trip of real photos", torch.cat([round_trip(exam.sd, x[9:]) for x in exam.x[:args.people]]))
+    exam.row("photos of other people", exam.x[args.people:, 9:].flatten(0, 1), first=args.people)
+    exam.write("table")
+    rows = [list(to_tensor(row)) for row in torch.stack(list(sheet.values()), 1)[:8]]
+    save_grid(args.out / "figure6.png", rows, list(sheet), exam.texts[::exam.n][:8])
+
+
+def plot(path, curves, title, side=480):
+    """{name: [(x, y), …]} -> a picture of the curves."""
+    points, sheet = np.array(sum(curves.values(), [])), Image.new("RGB", (side + 160, side), "white")
+    low, size, pen = points.min(0), np.ptp(points, 0) + 1e-9, ImageDraw.Draw(sheet)
+
+    def at(point):
+        return tuple([50, side - 50] + (point - low) / size * [side - 70, 90 - side])
+
+    pen.text((side / 2, 20), title, "black", anchor="mm")
+    for v in low + size * np.linspace(0, 1, 5)[:, None]:
+        pen.text((at(v)[0], side - 20), f"{v[0]:.3g}", "black", anchor="mm")
+        pen.text((22, at(v)[1]), f"{v[1]:.3g}", "black", anchor="mm")
+    for k, (name, curve) in enumerate(curves.items()):
+        pen.line([at(point) for point in curve], colour := ("red", "black", "blue", "green")[k], 2)
+        pen.text((side + 5, 40 + 16 * k), name, colour)
+    write_whole(path, lambda part: sheet.save(part, "PNG"))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="FID, KID and IS of two folders of pictures, or the paper's Table 1",
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("real", metavar="REAL_DIR", nargs="?", help="folder of real pictures")
     parser.add_argument("generated", metavar="GENERATED_DIR", nargs="?", help="folder of generated pictures")
@@ -399,24 +560,30 @@ def main():
     parser.add_argument("--resize", choices=InceptionV3.RESIZE, default="pytorch-fid", help="whose resize to 299 x 299")
     parser.add_argument("--splits", type=int, default=1, help="IS is the mean over so many parts (torch-fidelity: 10)")
     parser.add_argument("--batch", type=int, default=32, help="pictures at once")
-    parser.add_argument("--seed", type=int, default=2020, help="of the shuffle before the splits")
+    parser.add_argument("--seed", type=int, default=2020, help="of the shuffle before the splits; of a table's noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--table", action="store_true", help="Table 1 on people of the toy world that nobody trained on")
-    parser.add_argument("--people", type=int, default=64, help="--table: people")
-    parser.add_argument("--photos", type=int, default=5, help="--table: pictures a person")
-    parser.add_argument("--guidance", type=float, default=4.0, help="--table: classifier-free guidance w")
-    parser.add_argument("--lam", type=float, default=1.0, help="--table: weight λ of the references")
-    parser.add_argument("--steps", type=int, default=30, help="--table: UNet evaluations a picture")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="--table: folder of the trained adapters")
-    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="--table: folder for table.md and figure6.png")
+    own = parser.add_argument_group("on toy people that nobody trained on")
+    own.add_argument("--table", action="store_true", help="the paper's Table 1 and Figure 6")
+    own.add_argument("--sweep", choices=["refs", "lam"], help="its numbers for 1 to 9 references, or for λ of 0 to 1.5")
+    own.add_argument("--people", type=int, default=60, help="people, with nine references each")
+    own.add_argument("--photos", type=int, default=3, help="prompts a person")
+    own.add_argument("--seeds", type=int, default=3, help="pictures a prompt")
+    own.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance w")
+    own.add_argument("--steps", type=int, default=20, help="UNet evaluations a picture")
+    own.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the adapters; missing ones are trained")
+    own.add_argument("--out", type=Path, default=Path("runs/table"), help="folder for tables and pictures")
     args = parser.parse_args()
     args.device = pick_device(args.device)
-    if args.table:
-        table(args)
+    args.precision = pick_precision("auto", args.device)
+    if args.table or args.sweep:
+        try:
+            report(args)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command goes on after the last finished row or person") from None
     elif args.real and args.generated:
         compare_folders(args)
     else:
-        raise ValueError("name two folders, REAL_DIR and GENERATED_DIR, or ask for --table")
+        raise ValueError("name two folders, REAL_DIR and GENERATED_DIR, or ask for --table or --sweep")
 
 
 if __name__ == "__main__":

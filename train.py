@@ -31,8 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 from aggregators import AGGREGATORS
-from data import (LFW, Features, FeatureNet, ToyFaces, caption_of, leave_one_out, pixels, save_grid, split, to_tensor,
-                  visible, write_whole)
+from data import (IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, leave_one_out, pixels, prompt_of,
+                  save_grid, split, to_tensor, traits_of, visible, write_whole)
 from dreambooth import (add_lora, check_identifier, class_images, encode_with_gradient, latents, photo_files,
                         prior_preservation_loss, prompts, save_lora)
 from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate
@@ -63,11 +63,16 @@ def fit(task, out, steps, batch, lr, args):
     checkpoint, parameters = out / f"{task.name}.pt", [p for p in task.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    settings = {name: str(v) for name, v in {**vars(args), "batch": batch, "lr": lr}.items()
+                if name not in ("out", "resume", "every", "steps", "device")}
     first, rows, window, spent = 0, [], [], 0.0
     if not args.resume:
         checkpoint.unlink(missing_ok=True)   # an older run's must not be taken for this one's
     elif checkpoint.exists():
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        if other := [name for name in settings if settings[name] != state["settings"].get(name)]:
+            raise ValueError(f"--resume: {checkpoint} was trained with other options: "
+                             + ", ".join(f"--{name} {state['settings'].get(name)}, not {settings[name]}" for name in other))
         task.module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -81,7 +86,7 @@ def fit(task, out, steps, batch, lr, args):
 
     def save(step):
         state = dict(module=task.module.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                     step=step, rows=rows, window=window, spent=time.perf_counter() - began)
+                     step=step, rows=rows, window=window, spent=time.perf_counter() - began, settings=settings)
         write_whole(checkpoint, lambda path: torch.save(state, path))
         lines = ["step,train,validation,seconds"] + [",".join(f"{v:.6g}" for v in row) for row in rows]
         write_whole(out / f"{task.name}.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
@@ -153,14 +158,15 @@ def noised_loss(sd, z_0, c_t, c_i, generator):
 
 def fixed_validation(sd, held, tokens, device, photos=192):
     """() -> eq. 1 on people held out: the same targets, references, prompts, t and ε at every call."""
+    batch = max(1, 64 * 16**2 // held.z_0[0, 0].numel())   # 64 small latents, or as many numbers
     target, references = leave_one_out(held.groups, photos, torch.Generator().manual_seed(0))
 
     def validate():
         generator, losses = torch.Generator().manual_seed(1), []
-        for i, refs in zip(target.split(64), references.split(64)):
+        for i, refs in zip(target.split(batch), references.split(batch)):
             c_t, c_i = held.c_t[held.prompt[i]].to(device), tokens(held.embeds[refs].to(device))
-            losses.append(noised_loss(sd, held.z_0[i].to(device), c_t, c_i, generator).item())
-        return sum(losses) / len(losses)
+            losses.append(noised_loss(sd, held.z_0[i].to(device), c_t, c_i, generator).item() * len(i))
+        return sum(losses) / photos
 
     return validate
 
@@ -183,33 +189,38 @@ def adapter_task(name, sd, adapter, features, held, device, alone=False):
 
 
 def dataset(args, size):
-    """--data -> (training people, test people, cache key)."""
-    source = ToyFaces(args.people or 1200, seed=1, size=size) if args.data == "toy" else LFW(args.data, size)
-    train_people, test_people = split(source.people)
-    return train_people, test_people, source.key
+    """--data -> (people, cache key) to train on and (people, cache key) held out: never the same person in both."""
+    if args.data == "toy":   # seed 0 is the base model's
+        people = args.people or 800
+        ours, others = ToyFaces(people, size=size, seed=1), ToyFaces(min(people, 100), size=size, seed=2)
+        return (ours.people, ours.key), (others.people, others.key)
+    lfw = LFW(args.data, size)
+    ours, others = split(lfw.people)
+    return (ours, lfw.key), (others[:100], lfw.key)
 
 
 def train_adapter(args):
     """The paper's section 3.5 (selfattn), and its controls: an adapter trained leave-one-out from --init."""
     out, device = args.out or Path("runs") / args.agg, args.device
+    steps, batch, lr, init = args.steps or 400, args.batch or 64, args.lr or 1e-3, args.init or Path(args.model) / ADAPTER
     sd = StableDiffusion.load(args.model, device, image_encoder=args.image_encoder)
-    init = args.init or Path(args.model) / ADAPTER
     adapter = IPAdapter.load(init, sd.unet, agg=args.agg)
     out.mkdir(parents=True, exist_ok=True)
-    people, test_people, key = dataset(args, sd.image_size)
     with autocast(args):
-        features, held = Features(sd, people, key), Features(sd, test_people[:100], key)
+        features, held = (Features(sd, people, key) for people, key in dataset(args, sd.image_size))
     if not held.groups or max(map(len, held.groups)) < 2:
         raise ValueError(f"{args.data}: too few people with two photos to hold any out for validation")
     vae, sd.vae, sd.text_encoder, sd.image_encoder = sd.vae.cpu(), None, None, None   # their work is cached
     sd.unet.gradient_checkpointing = args.checkpointing
-    task = adapter_task("adapter", sd, adapter, features, held, device)
-    rows = fit(task, out, args.steps or 400, args.batch or 64, args.lr or 1e-3, args)
-    path = out / "ip-adapter.safetensors"
-    adapter.save(path, {"model": str(args.model), "data": str(args.data), "steps": str(args.steps), "seed": str(args.seed)})
+    rows = fit(adapter_task("adapter", sd, adapter, features, held, device), out, steps, batch, lr, args)
+    path, settings = out / "ip-adapter.safetensors", dict(model=args.model, data=args.data, people=len(features.groups),
+                                                          steps=steps, batch=batch * args.accumulate, lr=lr,
+                                                          seed=args.seed, init=init)
+    adapter.save(path, {name: str(value) for name, value in settings.items()})
     print(f"validation loss {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s\nwrote {path}, {out}/adapter.csv")
     sd.vae = vae.to(device)
     picture(sd, adapter, held, out / "samples.png", args)
+    print(f"peak memory {peak_memory(device):.2f} GB")
 
 
 @torch.inference_mode()
@@ -229,6 +240,9 @@ def picture(sd, adapter, held, path, args, people=6):
 
 
 # --------------------------------------------------------------------------- DreamBooth
+
+DREAMBOOTH = {"steps": 300, "batch": 8, "lr": 1e-4}   # unless the command line says otherwise
+
 
 def dreambooth_task(sd, module, texts, z_0, z_pr, args):
     """Section 3.2: each step a batch of photos and, if there are any, as many class pictures."""
@@ -252,6 +266,23 @@ def dreambooth_task(sd, module, texts, z_0, z_pr, args):
     return Task("dreambooth", module, loss, validate)
 
 
+def fine_tune(sd, texts, z_0, z_pr, out, args):
+    """Section 3.2 from latents z_0 of photos and z_pr of class pictures (none: plain fine-tuning) -> the rows of `fit`.
+
+    texts: the prompt of the person and that of the class. What trains: sd.unet, or as --lora, --train-text-encoder say.
+    """
+    for network in (sd.unet, sd.vae, sd.text_encoder):
+        network.requires_grad_(False)
+    if args.lora is not None:
+        module = add_lora(sd.unet, args.lora, generator=torch.Generator().manual_seed(args.seed))
+    else:
+        module = nn.ModuleDict({"unet": sd.unet, **({"text_encoder": sd.text_encoder} if args.train_text_encoder else {})})
+        module.requires_grad_(True)
+    sd.unet.gradient_checkpointing = args.checkpointing
+    steps, batch, lr = (getattr(args, name) or default for name, default in DREAMBOOTH.items())
+    return fit(dreambooth_task(sd, module, texts, z_0, z_pr, args), out, steps, batch, lr, args)
+
+
 def train_dreambooth(args):
     """The paper's section 3.2: the UNet (and the text encoder, or only a LoRA) learns one person from a few photos."""
     if not (args.images and args.noun):
@@ -268,13 +299,7 @@ def train_dreambooth(args):
         z_pr = z_0[:0]
         if args.prior_weight:
             z_pr = latents(sd, class_images(sd, texts[1], out, args.class_images, args.seed), generator)
-    for network in (sd.unet, sd.vae, sd.text_encoder):
-        network.requires_grad_(False)
-    module = nn.ModuleDict({"unet": sd.unet, **({"text_encoder": sd.text_encoder} if args.train_text_encoder else {})})
-    module = add_lora(sd.unet, args.lora, generator=generator) if args.lora is not None else module.requires_grad_(True)
-    sd.unet.gradient_checkpointing = args.checkpointing
-    task = dreambooth_task(sd, module, texts, z_0, z_pr, args)
-    rows = fit(task, out, args.steps or 300, args.batch or 8, args.lr or 1e-4, args)
+    rows = fine_tune(sd, texts, z_0, z_pr, out, args)
     if args.lora is not None:
         save_lora(sd.unet, out / "pytorch_lora_weights.safetensors")
     else:
@@ -300,9 +325,10 @@ def variations(sd, person, noun, path, args, seeds=4):
 
 BASE = {  # stage: steps, batch, learning rate
     "vae": (1500, 32, 2e-3),
-    "vae_sharp": (2000, 16, 1e-3),   # more, smaller steps for the same time
-    "clip": (900, 192, 1e-3),
-    "feature_net": (700, 64, 1e-3),
+    "vae_sharp": (3000, 16, 1e-3),   # more, smaller steps for the same time
+    "vae_decoder": (800, 16, 5e-4),  # the latents stay as they are
+    "clip": (1000, 192, 1e-3),
+    "feature_net": (1600, 64, 1e-3),
     "unet": (3400, 64, 1e-3),
     "ip_adapter": (900, 64, 1e-3),
 }
@@ -331,19 +357,28 @@ def tiny_world(captions, device):
         sample_size=64, block_out_channels=[32, 64, 64], latent_channels=4, layers_per_block=1, norm_num_groups=16,
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         mid_block_add_attention=False)
-    tokenizer = tokenizer_of(captions, window=40)
+    tokenizer = tokenizer_of(captions, window=48)
     text = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=40, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
+        max_position_embeddings=48, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(
         image_size=64, patch_size=8, hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=5,
         projection_dim=128))
+    vision.vision_model.embeddings.position_embedding.weight.data[1:] = 0.5 * sine_positions(8, 160)
     unet = UNet(
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=[64, 128], layers_per_block=1,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
     return StableDiffusion(unet.to(device), vae.to(device), text.to(device), tokenizer, vision.to(device))
+
+
+def sine_positions(side, width):
+    """(side², width): sines and cosines of row and column. A ViT that starts from nearly equal positions sees the
+    mean colour long before it sees where anything is, and on 40,000 photos the second never comes."""
+    angles = torch.arange(side)[:, None] * 100 ** (-torch.arange(0, 1, 4 / width))
+    one = torch.cat([angles.sin(), angles.cos()], 1)   # (side, width / 2)
+    return torch.cat([one.repeat_interleave(side, 0), one.repeat(side, 1)], 1)
 
 
 def vae_task(name, sd, x, held_out, device):
@@ -368,34 +403,46 @@ def vae_task(name, sd, x, held_out, device):
         y = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(64)]).float().clamp(-1, 1)
         return 10 * math.log10(4 / F.mse_loss(y, images).item())
 
-    return Task(name, vae, loss, validate)
+    module = nn.ModuleList([vae.post_quant_conv, vae.decoder]) if name == "vae_decoder" else vae
+    return Task(name, module, loss, validate)
 
 
 def clip_task(sd, x, labels, held_out, held_labels, device):
-    """The contrastive loss of CLIP between photos and captions that name some traits and parts of the scene."""
+    """CLIP between photos and captions: the contrastive loss, and every attribute read off the image embedding.
+
+    Colours alone tell most captions of a batch apart; the second term, by a linear head thrown away afterwards,
+    makes 40,000 photos teach shapes too, which the real CLIP has from 400 million.
+    """
     for part in (sd.text_encoder, sd.image_encoder):
         part.set_attn_implementation("eager")   # twice as fast as the fused kernel, whose backward is slow on CPUs
-    scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), device=device))
-    module = nn.ModuleDict({"text": sd.text_encoder, "vision": sd.image_encoder})
-    module.register_parameter("scale", scale)
+    heads = FeatureNet().heads
+    module = nn.ModuleDict({"text": sd.text_encoder, "vision": sd.image_encoder,
+                            "head": nn.Linear(sd.image_encoder.config.projection_dim, sum(heads.values())).to(device)})
+    module.register_parameter("scale", nn.Parameter(torch.tensor(math.log(1 / 0.07), device=device)))
+    classes, seen = label_tensors(labels)
 
-    def similarity(images, captions):
-        ids = sd.tokenizer(captions, padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
+    def similarity(embeds, captions):
+        ids = sd.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
         c = F.normalize(sd.text_encoder(ids.to(device)).pooler_output.float(), dim=1)
-        i = F.normalize(sd.image_encoder(sd.clip_pixels(to_tensor(images).to(device))).image_embeds.float(), dim=1)
-        return i @ c.T * scale.exp().clamp(max=100)
+        return F.normalize(embeds.float(), dim=1) @ c.T * module.scale.exp().clamp(max=100)
+
+    def embed(pixels):
+        return sd.image_encoder(sd.clip_pixels(to_tensor(pixels).to(device))).image_embeds
 
     def loss(batch, generator):
         i = torch.randint(len(x), (batch,), generator=generator)
         rng = np.random.default_rng(torch.randint(2**31, (1,), generator=generator).item())
-        logits = similarity(x[i], [caption_of(labels[k], rng) for k in i.tolist()])
+        embeds = embed(x[i])
+        logits = similarity(embeds, [caption_of(labels[k], rng) for k in i.tolist()])
         target = torch.arange(len(i), device=device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        said = dict(zip(heads, module["head"](embeds).split(list(heads.values()), dim=1)))
+        return contrastive + len(heads) * masked_cross_entropy(said, classes[i].to(device), seen[i].to(device))
 
     def validate():   # share of (up to) 160 held-out photos that pick their own caption, each with five traits
         rng = np.random.default_rng(0)
         captions = [caption_of(one, rng, traits=5) for one in held_labels[:160]]
-        logits = similarity(held_out[:160], captions)
+        logits = similarity(embed(held_out[:160]), captions)
         return (logits.argmax(1).cpu() == torch.arange(len(logits))).float().mean().item()
 
     return Task("clip", module, loss, validate)
@@ -420,9 +467,7 @@ def feature_net_task(sd, x, labels, held_out, held_labels, device, precision):
         return masked_cross_entropy(net(worn(images, generator)), classes[i].to(device), seen[i].to(device))
 
     def validate():   # share of right answers
-        logits = net(to_tensor(held_out).to(device))
-        right = torch.stack([v.argmax(1).cpu() for v in logits.values()], 1) == held_classes
-        return right[held_seen].float().mean().item()
+        return share_right(net(to_tensor(held_out).to(device)), held_classes, held_seen).mean().item()
 
     return Task("feature_net", net, loss, validate)
 
@@ -432,6 +477,12 @@ def label_tensors(labels):
     names = list(FeatureNet().heads)
     return (torch.tensor([[one[k] for k in names] for one in labels]),
             torch.tensor([[k in visible(one) for k in names] for one in labels]))
+
+
+def share_right(logits, classes, seen):
+    """-> (A,): for every attribute the share of right answers where it can be seen."""
+    right = torch.stack([v.argmax(1).cpu() for v in logits.values()], 1) == classes
+    return (right & seen).sum(0) / seen.sum(0)
 
 
 def masked_cross_entropy(logits, classes, seen):
@@ -478,7 +529,7 @@ def train_base(args):
     """weights/tiny, from scratch: VAE, CLIP pair, FeatureNet, UNet, single-image IP-Adapter, in this order."""
     out, device, runs = args.out or TINY, args.device, Path("runs/base")
     people = args.people or 4000
-    faces, others = ToyFaces(people, seed=0), ToyFaces(min(people, 100), seed=1)   # `dataset` never uses seed 0
+    faces, others = ToyFaces(people, seed=0), ToyFaces(min(people, 100), seed=2)   # as `dataset`: 2 is held out
     labels, held_labels = ([photo.labels for one in d.people for photo in one.photos] for d in (faces, others))
     x, held_x = pixels(faces), pixels(others)
     rng = np.random.default_rng(0)
@@ -493,7 +544,7 @@ def train_base(args):
         rows = fit(task, runs, args.steps or steps, batch, lr, args)
         print(f"{task.name}: validation {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s")
 
-    for name in ("vae", "vae_sharp"):
+    for name in ("vae", "vae_sharp", "vae_decoder"):
         stage(vae_task(name, sd, x, held_x, device))
     with torch.inference_mode(), autocast(args):
         z = torch.cat([sd.vae.encode(to_tensor(part).to(device)).mode().float() for part in x[:1024].split(64)])
@@ -511,6 +562,26 @@ def train_base(args):
     (out / "ip_adapter").mkdir(exist_ok=True)
     adapter.half().save(out / ADAPTER)
     print(f"wrote {out}")
+    with torch.inference_mode(), autocast(args):
+        report(sd, judge.module, held_x[:512], held_labels[:512])
+
+
+def report(sd, judge, x, labels):
+    """What the judge reads off unseen photos, off their VAE round trips, and off pictures made from captions (the scene
+    and five traits): for every attribute the share that is right, of those that can be seen and, in captions, are named."""
+    device, rng, null_c_t = next(judge.parameters()).device, np.random.default_rng(0), sd.encode_prompts([""])
+    traits = [rng.permutation([k for k in visible(one) if k in IDENTITY])[:5] for one in labels]
+    captions = [prompt_of({k: one[k] for k in SCENE}, traits=traits_of({k: one[k] for k in some}))
+                for one, some in zip(labels, traits)]
+    trips = [to_tensor(round_trip(sd, part)) for part in x.split(64)]
+    made = [generate(sd, sd.encode_prompts(captions[i:i + 64]), null_c_t, steps=20, seed=i) for i in range(0, len(x), 64)]
+    classes, seen = label_tensors(labels)
+    named = torch.tensor([[k in some or k in SCENE for k in judge.heads] for some in traits])
+    shares = [share_right(judge(pictures.float().to(device)), classes, asked) for pictures, asked in (
+        (to_tensor(x), seen), (torch.cat(trips), seen), (torch.cat(made), seen & named))]
+    print(f"{'attribute':12} photo  round trip  from text   ({len(x)} pictures, w = 4, 20 steps)")
+    for name, *row in zip(judge.heads, *torch.stack(shares).tolist()):
+        print(f"{name:12} {row[0]:.3f}  {row[1]:.3f}       {row[2]:.3f}")
 
 
 # --------------------------------------------------------------------------- command line
@@ -534,6 +605,17 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
+def peak_memory(device):
+    """The most memory held so far, in GB of 10⁹ bytes: the device's on cuda, now on mps, else the process's (not Windows)."""
+    if device.type != "cpu":
+        return (torch.cuda.max_memory_allocated() if device.type == "cuda" else torch.mps.driver_allocated_memory()) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def run(main):
     """Call a program's main(): bad input is one clear line and exit code 2, Ctrl-C is 130, warnings are one line."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
@@ -552,7 +634,7 @@ def main():
     parser.add_argument("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
     parser.add_argument("--image-encoder", help="folder or hub id of the CLIP image encoder, if --model has none (h94/IP-Adapter)")
     parser.add_argument("--data", default="toy", help="toy, or a folder with one folder of photos a person")
-    parser.add_argument("--people", type=int, help="toy people to draw (default: 1200, two thirds of them to train on; base: 4000)")
+    parser.add_argument("--people", type=int, help="toy people to draw and train on (default: 800; base: 4000)")
     parser.add_argument("--init", type=Path, help="adapter file to start from (default: the one shipped in --model)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: 400; dreambooth: 300; base: each stage's own)")
     parser.add_argument("--batch", type=int, help="pictures a step (default: 64; dreambooth: 8 photos and 8 of the class)")

@@ -1,8 +1,9 @@
 """Metrics: closed forms, invariances, and parity with pytorch-fid, torch-fidelity and torchmetrics."""
 
-import shutil
+import json
 import sys
 import warnings
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.models.inception import Inception3
 
+import data
 import metrics
+import train
+from ip_adapter import IPAdapter, read_adapter
 from metrics import (Gaussian, InceptionV3, ToyJudge, bootstrap_ci, fid, frechet_distance, inception_score,
                      kernel_distance, load_judge, read_folder)
+from unet import StableDiffusion
 
 
 def randn(*shape, seed=0):
@@ -491,26 +496,200 @@ def test_broken_judge_is_named_instead_of_nan(toy_judge, folders, command):
     assert code == 2 and "not finite" in line
 
 
-def test_table_has_a_row_for_every_adapter_and_makes_none_twice(tiny_folder, workdir, monkeypatch, capsys):
+# --------------------------------------------------------------------------- Table 1
+
+
+@pytest.fixture
+def exam_folder(tiny_folder, workdir, monkeypatch):
+    """The tiny model, four trained adapters of one recipe, and a DreamBooth of one step from two class pictures."""
+    sd, class_images, fine_tune = StableDiffusion.load(tiny_folder), metrics.class_images, metrics.fine_tune
     monkeypatch.setattr(metrics, "TINY", tiny_folder)
-    (workdir / "runs/selfattn").mkdir(parents=True)
-    shutil.copy(tiny_folder / metrics.ADAPTER, workdir / "runs/selfattn/ip-adapter.safetensors")
-    words = "metrics.py --table --people 3 --photos 2 --steps 1 --device cpu --guidance 1".split()
-    monkeypatch.setattr(sys, "argv", words)
-    metrics.main()
-    table = (workdir / "runs/table/table.md").read_text()
-    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
-    assert names == ["IP-Adapter", "IP-Adapter + Max Pooling", "IP-Adapter + Avg Pooling", "IP-Adapter + Self-Attention",
-                     "text only", "VAE round trip of the real photos", "photos of other people"]
-    assert (workdir / "runs/table/figure6.png").exists() and "not comparable" in capsys.readouterr().out
-    monkeypatch.setattr(metrics, "generate", None)      # a second run makes no picture
-    metrics.main()
-    assert (workdir / "runs/table/table.md").read_text() == table
+    for agg in ("selfattn", "max", "avg", "concat"):
+        (workdir / "runs" / agg).mkdir(parents=True)
+        torch.manual_seed(len(agg))
+        file = workdir / f"runs/{agg}/ip-adapter.safetensors"
+        IPAdapter(sd.unet, 128, agg).save(file, dict.fromkeys(metrics.RECIPE, "1"))
+
+    def few_pictures(sd, prompt, out, count, seed):
+        return class_images(sd, prompt, out, 2, seed, steps=1)
+
+    def one_step(sd, texts, z_0, z_pr, out, args):
+        args.steps = 1
+        return fine_tune(sd, texts, z_0, z_pr, out, args)
+
+    monkeypatch.setattr(metrics, "class_images", few_pictures)
+    monkeypatch.setattr(metrics, "fine_tune", one_step)
+    return workdir
+
+
+TABLE = "--table --people 2 --photos 2 --seeds 2 --steps 1 --device cpu --guidance 1 --batch 8".split()
+
+
+def test_table_has_the_papers_rows_then_controls_and_makes_none_twice(exam_folder, command, monkeypatch):
+    code, out, _ = command(*TABLE)
+    text = (exam_folder / "runs/table/table.md").read_text()
+    said = json.loads((exam_folder / "runs/table/table.json").read_text())
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert code == 0 and text.splitlines()[0] in out and "not comparable" in text
+    assert [row[0] for row in cells[2:]] == [
+        "IP-Adapter", "DreamBooth", "IP-Adapter + Max Pooling", "IP-Adapter + Avg Pooling",
+        "IP-Adapter + Self-Attention", "*controls*", "text only",
+        "Max, fine-tuned", "Avg, fine-tuned", "Concat, fine-tuned",
+        "VAE round trip of real photos", "photos of other people"]
+    assert said["command"] == "python metrics.py " + " ".join(TABLE) and said["features"] == ToyJudge.name
+    for name, *row in cells[2:]:
+        if name != "*controls*":
+            numbers = said["rows"][name]
+            assert list(numbers) == cells[0][1:] and row[-1] == "8"
+            assert all(len(numbers[k]) == 3 for k in ("FID ↓", "identity ↑", "prompt ↑", "copy"))
+            assert float(row[4].split()[0]) == pytest.approx(numbers["identity ↑"][0], abs=1e-3)
+            assert (row[9] == "–") == (name in ("VAE round trip of real photos", "photos of other people"))
+    assert Image.open(exam_folder / "runs/table/figure6.png").size == (128 * 10, 21 + (128 + 21) * 2)
+    monkeypatch.setattr(metrics, "generate", None)      # a second run makes no picture and trains nobody
+    monkeypatch.setattr(metrics, "fine_tune", None)
+    assert command(*TABLE)[0] == 0 and (exam_folder / "runs/table/table.md").read_text() == text
+
+
+def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_nobody_trained_on(
+        exam_folder, command, monkeypatch):
+    asked, taught, scored, judged = [], [], [], metrics.judged
+
+    def make_pictures(sd, texts, args, seed, adapter=None, embeds=None, lam=1.0):
+        asked.append((adapter and adapter.agg, texts, seed, embeds, sd.unet.conv_out.bias.mean().item()))
+        return {"x": torch.zeros(len(texts), 3, 64, 64, dtype=torch.uint8), "seconds": torch.tensor(1.0)}
+
+    def fine_tune(sd, texts, z_0, z_pr, out, args):
+        taught.append((texts, z_0, len(z_pr), sd.unet.conv_out.bias.mean().item(), args.lr))
+        sd.unet.conv_out.bias.data += 1
+        if len(taught) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics, "make_pictures", make_pictures)
+    monkeypatch.setattr(metrics, "fine_tune", fine_tune)
+    monkeypatch.setattr(metrics, "judged", lambda *args: scored.append(args[1:3]) or judged(*args))
+    assert command(*TABLE)[0] == 130 and command(*TABLE)[0] == 0        # stopped at the second person, then resumed
+    sd, all_people = StableDiffusion.load(metrics.TINY), data.ToyFaces(104, 13, seed=2).people
+    people, others = all_people[100:102], all_people[102:]
+    shots = [photo for person in people for photo in person.photos[9:11] for _ in range(2)]
+    texts = [photo.prompt for photo in shots]
+    references = [data.to_tensor([photo.image for photo in person.photos[:9]]) for person in people]
+    embeds = torch.stack([sd.embed_images(x) for x in references]).repeat_interleave(4, 0)
+    order = ["none", "sks", "sks", "max", "avg", "selfattn", None, "max", "avg", "concat"]
+    assert [agg or ("sks" if "sks" in said[0] else None) for agg, said, *_ in asked] == order
+    bias = sd.unet.conv_out.bias.mean().item()
+    for agg, said, seed, e, b in asked:
+        if "sks" in said[0]:
+            p = (seed - 2020) // 4
+            assert said == [t.replace("person", "sks person") for t in texts[4 * p:4 * p + 4]] and seed in (2020, 2024)
+            assert b == pytest.approx(bias + 1, abs=1e-4)
+        else:
+            assert said == texts and seed == 2020 and b == pytest.approx(bias, abs=1e-4)
+            torch.testing.assert_close(e, embeds, rtol=1e-4, atol=1e-4)
+    assert len(taught) == 3 and all(t[0] == ["a sks person", "a person"] and t[2:] == (2, bias, 1e-4) for t in taught)
+    for (_, z_0, *_), p in zip(taught, (0, 1, 1)):
+        torch.testing.assert_close(z_0, sd.encode_latents(references[p]), rtol=0.05, atol=0.05)   # bfloat16, perhaps
+    for (x, labels), row in zip(scored[::-1], (others, people, *[shots] * 9)):
+        shown = row if row is shots else [photo for person in row for photo in person.photos[9:]]
+        assert labels == [photo.labels for photo in shown]
+    assert torch.equal(data.to_tensor(scored[-1][0]), data.to_tensor([p.image for q in others for p in q.photos[9:]]))
+
+
+def test_pictures_are_the_same_in_any_batch_and_lam_zero_is_text_only(tiny_folder):
+    sd, embeds = StableDiffusion.load(tiny_folder), 9 * randn(3, 2, 128).float()
+    adapter, texts = IPAdapter(sd.unet, 128, "avg"), ["a photo of a person", "a smiling person", "a hat"]
+
+    def made(*adapted, batch=2, first=0):
+        options = Namespace(guidance=2.0, steps=2, precision="fp32", device=torch.device("cpu"), batch=batch)
+        return metrics.make_pictures(sd, texts[first:], options, 7 + first, *adapted)["x"].int()
+
+    def same(x, y):
+        return (x - y).abs().max() <= 1   # rounded to bytes
+
+    alone, person = made(), made(adapter, embeds)
+    assert same(alone, made(batch=3)) and same(alone[1:], made(first=1)) and not same(alone[:2], made(first=1))
+    assert same(person, made(adapter, embeds, batch=3)) and not same(person, alone)
+    assert same(alone, made(adapter, embeds, 0.0)) and not same(person, made(adapter, embeds.flip(0)))
+
+
+def test_adapters_of_another_recipe_are_refused_and_missing_ones_trained_by_it(exam_folder, command, monkeypatch):
+    file, calls = exam_folder / "runs/avg/ip-adapter.safetensors", []
+    adapter = IPAdapter(StableDiffusion.load(metrics.TINY).unet, 128, "avg")
+    adapter.save(file, {k: "2" if k == "lr" else "1" for k in metrics.RECIPE})
+    code, _, line = command(*TABLE)
+    assert code == 2 and "avg/ip-adapter.safetensors was trained with other options than selfattn (lr 2, not 1)" in line
+    file.unlink()
+
+    def run(words):
+        calls.append(words)
+        adapter.save(file, dict.fromkeys(metrics.RECIPE, "1"))
+        return type("", (), {"returncode": len(calls) - 1})
+
+    monkeypatch.setattr(metrics.subprocess, "run", run)
+    args = Namespace(runs=exam_folder / "runs", device="cpu")
+    assert list(metrics.trained_adapters(args, "selfattn", "avg").values())[1] == file
+    assert " ".join(calls[0][2:]) == (f"--agg avg --model {metrics.TINY} --out {file.parent} --device cpu "
+                                      "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 1 --init 1")
+    file.unlink()
+    code, _, line = command(*TABLE)
+    assert code == 2 and "training it failed" in line
+    adapter.save(exam_folder / "runs/selfattn/ip-adapter.safetensors")     # says nothing of how it was trained
+    assert "selfattn/ip-adapter.safetensors was trained with other options" in (line := command(*TABLE)[2])
+    assert "data unknown, not known" in line
+
+
+def test_train_writes_the_recipe_that_the_table_compares(tiny_folder, workdir, monkeypatch):
+    words = f"train.py --agg avg --model {tiny_folder} --steps 1 --batch 2 --precision fp32 --device cpu --out run"
+    monkeypatch.setattr(sys, "argv", words.split())
+    monkeypatch.setattr(train, "picture", lambda *_: None)
+    few = data.ToyFaces(3, photos=2)
+    monkeypatch.setattr(train, "dataset", lambda args, size: [(few.people, few.key)] * 2)
+    train.main()
+    found = read_adapter("run/ip-adapter.safetensors")[1]
+    assert [found[k] for k in metrics.RECIPE[:6]] == ["toy", "3", "1", "2", "0.001", "0"]
+    assert found["init"] == str(tiny_folder / train.ADAPTER)
+
+
+@pytest.mark.parametrize("which, rows, first", [("refs", 36, "IP-Adapter + Max Pooling; references: 1"),
+                                                ("lam", 14, "IP-Adapter; λ = 0.0")])
+def test_sweep_varies_only_the_references_or_lam(which, rows, first, exam_folder, command, monkeypatch):
+    asked = []
+
+    def make_pictures(sd, texts, args, seed, adapter, embeds, lam):
+        asked.append((adapter.agg, embeds, lam, texts, seed))
+        return {"x": torch.randint(256, (len(texts), 3, 64, 64), dtype=torch.uint8), "seconds": torch.tensor(1.0)}
+
+    monkeypatch.setattr(metrics, "make_pictures", make_pictures)
+    monkeypatch.setattr(metrics, "bootstrap_ci", lambda *_: (0.0, 1.0))
+    code, out, line = command("--sweep", which, *TABLE[1:])
+    assert code == 0, line
+    said = json.loads((exam_folder / f"runs/table/sweep_{which}.json").read_text())["rows"]
+    assert len(said) == len(asked) == rows and list(said)[0] == first
+    assert Image.open(exam_folder / f"runs/table/sweep_{which}.png").size == (640, 480)
+    whole = asked[8][1] if which == "refs" else asked[0][1]
+    for k, (agg, embeds, lam, texts, seed) in enumerate(asked):
+        n = 1 + k % 9 if which == "refs" else 9
+        assert (lam, seed, texts) == (1.0 if which == "refs" else k % 7 / 4, 2020, asked[0][3])
+        assert embeds.shape[1] == (9 if agg == "selfattn" else n) and torch.equal(embeds[:, :n], whole[:, :n])
+        assert all(any(torch.equal(e, given) for given in whole[0, :n]) for e in embeds[0])   # bootstrapped
+
+
+@pytest.mark.parametrize("words", ["--people 1", "--photos 1 --seeds 1", "--seeds 0"])
+def test_table_of_too_few_pictures_is_one_clear_line(words, exam_folder, command):
+    code, _, line = command(*TABLE, *words.split())
+    assert code == 2 and "at least two people" in line
+
+
+def test_copy_is_the_nearest_reference_minus_the_held_out_photos_of_other_scenes():
+    a, b = torch.eye(3)[:2]
+    references = torch.stack([a, *[b] * 8])[None]
+    held = torch.stack([2 * b, a + b, a])[None]   # a picture of scene k is not compared with held-out photo k
+    clip_i, copied = metrics.likeness(torch.stack([a, a, b])[None], references, held, torch.tensor([0, 2, 1]))
+    half = 0.5**0.5
+    torch.testing.assert_close(clip_i, torch.tensor([(half + 1) / 2, (0 + half) / 2, (1 + 0) / 2]))
+    torch.testing.assert_close(copied, 1 - clip_i)
 
 
 def test_identity_counts_right_attributes_among_those_that_can_be_seen():
-    import data
-
     class Oracle:
         """Says class 0 everywhere."""
         def read(self, images):

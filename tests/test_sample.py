@@ -1,6 +1,9 @@
 """sample.py: references and a prompt become a picture; what is wrong is said in one line."""
 
+import re
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ import ip_adapter
 import sample
 from data import ToyFaces
 from ip_adapter import IPAdapter
-from train import ADAPTER, run
-from unet import StableDiffusion
+from train import ADAPTER, peak_memory, run
+from unet import StableDiffusion, UNet
 
 
 def program(monkeypatch, *words):
@@ -74,6 +77,7 @@ def test_selfattn_reads_nine_references_whatever_is_given(tiny_folder):
     (["--adapter", "missing.safetensors", "--refs", "REF", "--prompt", "x"], "missing.safetensors"),
     (["--steps", "0", "--prompt", "x"], "steps"),
     (["--n", "0", "--prompt", "x"], "at least one"),
+    (["--benchmark", "--steps", "1", "--prompt", "x"], "warms up"),
     (["--device", "tpu", "--prompt", "x"], "tpu"),
     (["--prompt", "x", "--out", "REF/picture.png"], "REF"),
     ([], "--prompt"),
@@ -103,3 +107,67 @@ def test_sampler_stays_in_float32_under_half_precision_weights(tiny_folder, monk
     c_t = sd.encode_prompts(["hat"])
     sample.generate(sd, c_t, c_t, steps=1)
     assert c_t.dtype == torch.bfloat16 and seen == [torch.float32, torch.float32]
+
+
+def adapted(folder, dtype):
+    """A UNet with an adapter, and inputs for it: x_t, t, c_t, c_i, lam."""
+    sd, g = StableDiffusion.load(folder, dtype=dtype), torch.Generator().manual_seed(0)
+    adapter = IPAdapter.load(folder / ADAPTER, sd.unet)
+    shapes = (2, 4, 16, 16), (2, 9, 128), (2, 4, 128)
+    x_t, c_t, c_i = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    return sd.unet, adapter, (x_t, 500, c_t, c_i, 0.7)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_packed_weights_predict_the_same_noise(tiny_folder, dtype, tolerance):
+    able = torch.backends.mkldnn.is_available()
+    if not able or dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU has no such kernels")
+    unet, _, inputs = adapted(tiny_folder, dtype)
+    with torch.inference_mode():
+        expected, text_only = unet(*inputs), unet(*inputs[:3])
+        sample.pack(unet)
+        assert unet.conv_in.weight is None
+        assert unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q.weight is None
+        assert (unet(*inputs) - expected).norm() <= tolerance * expected.norm() < (text_only - expected).norm()
+
+
+@pytest.mark.slow
+def test_compiled_unet_predicts_the_same_noise_at_every_step(tiny_folder, monkeypatch):
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "freezing", False)   # what it is again afterwards
+    monkeypatch.setattr(config, "freezing_discard_parameters", False)
+    unet, adapter, (x_t, _, *context) = adapted(tiny_folder, torch.float32)
+    counters.clear()
+    with torch.inference_mode():
+        expected = [unet(x_t, t, *context) for t in (500, 400, 300)]
+        sample.freeze(unet)
+        for t, eps_hat in zip((500, 400, 300), expected):
+            torch.testing.assert_close(unet(x_t, t, *context), eps_hat, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == len(unet.down_blocks) + 1 + len(unet.up_blocks)
+    frozen = adapter.ip_adapter["1"]["to_k_ip"].weight   # image tokens go through constants too
+    assert frozen.device.type == "meta" and not counters["graph_break"]
+
+
+def test_benchmark_keeps_the_warm_up_apart(monkeypatch, capsys, tiny_folder, workdir):
+    real, calls = UNet.forward, []
+
+    def slow_at_first(*args):
+        time.sleep(0 if calls else 2)
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(UNet, "forward", slow_at_first)
+    program(monkeypatch, "--model", tiny_folder, "--prompt", "hat", "--n", 1, "--steps", 4, "--benchmark",
+            "--out", "a.png")
+    says = r"warm-up .* ([\d.]+) s, then ([\d.]+) s a step .* memory ([\d.]+) GB, on cpu"
+    warm_up, step, peak = map(float, re.search(says, capsys.readouterr().out).groups())
+    assert warm_up > 2 > step > 0 and peak > 0.1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="compares with what Linux reports")
+def test_peak_memory_is_in_gigabytes():
+    kernel = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    assert 0.99 * kernel <= peak_memory(torch.device("cpu")) <= 9 * kernel   # at least: a parent's may be inherited

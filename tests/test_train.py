@@ -91,6 +91,12 @@ def test_ctrl_c_finishes_the_step_and_resume_is_exact(tmp_path):
     assert logs[0] == logs[1]
 
 
+def test_resume_refuses_other_options(tmp_path):
+    train.fit(linear_task(), tmp_path, 4, 4, 1e-2, options())
+    with pytest.raises(ValueError, match="--batch 4, not 8"):
+        train.fit(linear_task(), tmp_path, 6, 8, 1e-2, options(resume=True))
+
+
 def test_accumulated_batches_are_averaged(tmp_path):
     grads = []
     for accumulate in (1, 4):
@@ -213,8 +219,15 @@ def test_base_builds_a_folder_that_everything_opens(workdir, monkeypatch):
     assert sd.tokenizer.convert_ids_to_tokens(ids)[5] == "sks</w>" and len(ids) == 8
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(workdir / "tiny", torch_dtype=torch.float32)
-    theirs = pipe.text_encoder(pipe.tokenizer(["hat, é"], padding="max_length", max_length=40, return_tensors="pt").input_ids)[0]
+    theirs = pipe.text_encoder(pipe.tokenizer(["hat, é"], padding="max_length", max_length=48, return_tensors="pt").input_ids)[0]
     torch.testing.assert_close(sd.encode_prompts(["hat, é"]), theirs)
+
+
+def test_nobody_is_in_training_and_held_out_at_once(photo_folder):
+    for data_, number in (("toy", 30), (photo_folder, None)):
+        ours, others = train.dataset(argparse.Namespace(data=data_, people=number), 64)
+        drawn = [{(p.name, tuple(sorted(p.photos[0].labels.items()))) for p in people} for people, _ in (ours, others)]
+        assert drawn[0] and drawn[1] and not drawn[0] & drawn[1]
 
 
 def test_judge_is_only_asked_for_what_can_be_seen():
