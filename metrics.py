@@ -504,6 +504,8 @@ def report(args):
                "IP-Adapter + Avg Pooling": (shipped, "avg"),
                "IP-Adapter + Self-Attention": (files["selfattn"], "selfattn"), "text only": (None, None),
                **{f"{agg.title()}, fine-tuned": (files[agg], agg) for agg in ("max", "avg", "concat")}}
+    if args.no_dreambooth:
+        del methods["DreamBooth"]
     if args.sweep == "refs":
         names = [name for name in methods if "Pooling" in name or "Self" in name] + ["Avg, fine-tuned"]
         methods = {f"{name}; references: {n}": (*methods[name], n) for name in names for n in range(1, 10)}
@@ -568,6 +570,7 @@ def main():
     own.add_argument("--people", type=int, default=60, help="people, with nine references each")
     own.add_argument("--photos", type=int, default=3, help="prompts a person")
     own.add_argument("--seeds", type=int, default=3, help="pictures a prompt")
+    own.add_argument("--no-dreambooth", action="store_true", help="leave out its row, which takes most of the time")
     own.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance w")
     own.add_argument("--steps", type=int, default=20, help="UNet evaluations a picture")
     own.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the adapters; missing ones are trained")
@@ -575,6 +578,9 @@ def main():
     args = parser.parse_args()
     args.device = pick_device(args.device)
     args.precision = pick_precision("auto", args.device)
+    for name in ("batch", "steps", "splits"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: at least 1")
     if args.table or args.sweep:
         try:
             report(args)

@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from aggregators import AGGREGATORS
-from data import (IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, leave_one_out, pixels, prompt_of,
+from data import (ATTRIBUTES, IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, leave_one_out, pixels, prompt_of,
                   save_grid, split, to_tensor, traits_of, visible, write_whole)
 from dreambooth import (add_lora, check_identifier, class_images, encode_with_gradient, latents, photo_files,
                         prior_preservation_loss, prompts, save_lora)
@@ -63,16 +63,16 @@ def fit(task, out, steps, batch, lr, args):
     checkpoint, parameters = out / f"{task.name}.pt", [p for p in task.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
-    settings = {name: str(v) for name, v in {**vars(args), "batch": batch, "lr": lr}.items()
-                if name not in ("out", "resume", "every", "steps", "device")}
+    settings = {name: str(v) for name, v in {**vars(args), "steps": steps, "batch": batch, "lr": lr}.items()
+                if name not in ("out", "resume", "every", "device")}
     first, rows, window, spent = 0, [], [], 0.0
     if not args.resume:
         checkpoint.unlink(missing_ok=True)   # an older run's must not be taken for this one's
     elif checkpoint.exists():
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        if other := [name for name in settings if settings[name] != state["settings"].get(name)]:
-            raise ValueError(f"--resume: {checkpoint} was trained with other options: "
-                             + ", ".join(f"--{name} {state['settings'].get(name)}, not {settings[name]}" for name in other))
+        old = state.get("settings", {})
+        if other := [f"--{name} {old.get(name)}, not {new}" for name, new in settings.items() if old.get(name) != new]:
+            raise ValueError(f"--resume: {checkpoint} was trained with other options: {', '.join(other)}")
         task.module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -206,10 +206,11 @@ def train_adapter(args):
     sd = StableDiffusion.load(args.model, device, image_encoder=args.image_encoder)
     adapter = IPAdapter.load(init, sd.unet, agg=args.agg)
     out.mkdir(parents=True, exist_ok=True)
+    people, others = dataset(args, sd.image_size)
+    if not others[0]:
+        raise ValueError(f"{args.data}: only one person with two photos; at least one more must be held out for validation")
     with autocast(args):
-        features, held = (Features(sd, people, key) for people, key in dataset(args, sd.image_size))
-    if not held.groups or max(map(len, held.groups)) < 2:
-        raise ValueError(f"{args.data}: too few people with two photos to hold any out for validation")
+        features, held = Features(sd, *people), Features(sd, *others)
     vae, sd.vae, sd.text_encoder, sd.image_encoder = sd.vae.cpu(), None, None, None   # their work is cached
     sd.unet.gradient_checkpointing = args.checkpointing
     rows = fit(adapter_task("adapter", sd, adapter, features, held, device), out, steps, batch, lr, args)
@@ -415,7 +416,7 @@ def clip_task(sd, x, labels, held_out, held_labels, device):
     """
     for part in (sd.text_encoder, sd.image_encoder):
         part.set_attn_implementation("eager")   # twice as fast as the fused kernel, whose backward is slow on CPUs
-    heads = FeatureNet().heads
+    heads = {k: len(v) for k, v in ATTRIBUTES.items()}
     module = nn.ModuleDict({"text": sd.text_encoder, "vision": sd.image_encoder,
                             "head": nn.Linear(sd.image_encoder.config.projection_dim, sum(heads.values())).to(device)})
     module.register_parameter("scale", nn.Parameter(torch.tensor(math.log(1 / 0.07), device=device)))
@@ -474,7 +475,7 @@ def feature_net_task(sd, x, labels, held_out, held_labels, device, precision):
 
 def label_tensors(labels):
     """List of n label dicts -> classes (n, A) and seen (n, A), whether the accessory leaves it visible."""
-    names = list(FeatureNet().heads)
+    names = list(ATTRIBUTES)
     return (torch.tensor([[one[k] for k in names] for one in labels]),
             torch.tensor([[k in visible(one) for k in names] for one in labels]))
 
@@ -528,6 +529,11 @@ def unet_task(sd, features, labels, held, device):
 def train_base(args):
     """weights/tiny, from scratch: VAE, CLIP pair, FeatureNet, UNet, single-image IP-Adapter, in this order."""
     out, device, runs = args.out or TINY, args.device, Path("runs/base")
+    if args.batch or args.lr:
+        raise ValueError("--method base: every stage has its own --batch and --lr")
+    if not args.resume:   # or an older run's later stages would be taken for this one's
+        for name in BASE:
+            (runs / f"{name}.pt").unlink(missing_ok=True)
     people = args.people or 4000
     faces, others = ToyFaces(people, seed=0), ToyFaces(min(people, 100), seed=2)   # as `dataset`: 2 is held out
     labels, held_labels = ([photo.labels for one in d.people for photo in one.photos] for d in (faces, others))
@@ -646,7 +652,7 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the forward pass")
     parser.add_argument("--out", type=Path, help="folder for results (default: runs/<agg>; base: weights/tiny)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out (base: in runs/base)")
     own = parser.add_argument_group("--method dreambooth")
     own.add_argument("--images", type=Path, help="folder of photos of one person, one to hundreds")
     own.add_argument("--noun", help="the class: man, woman, person, dog, …")
