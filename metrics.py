@@ -405,8 +405,6 @@ class Exam:
                "CLIP-T ↑", "s/picture ↓", "N")
 
     def __init__(self, args):
-        if args.people < 2 or min(args.photos, args.seeds) < 1 or args.photos * args.seeds < 2:
-            raise ValueError("at least two people (--people), and two pictures of each (--photos times --seeds)")
         self.args, self.n, self.rows, self.lines = args, args.photos * args.seeds, {}, []
         self.sd = StableDiffusion.load(TINY, args.device)
         self.judge = ToyJudge.load(TINY / "feature_net").to(args.device)
@@ -418,9 +416,10 @@ class Exam:
         self.real = torch.cat([self.judge.features(x).detach().cpu() for x in real])
         self.target = torch.arange(args.photos).repeat_interleave(args.seeds)   # (n,) held-out photo of each picture
         self.texts = [person.photos[9 + q].prompt for person in self.people[:args.people] for q in self.target]
-        unet = hashlib.sha256((TINY / "unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-        self.key = [ToyFaces(0, seed=2).key, unet, fingerprint(self.sd), *(
-            getattr(args, k) for k in ("photos", "seeds", "guidance", "steps", "seed", "precision"))]
+        networks = [hashlib.sha256((TINY / name / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+                    for name in ("unet", "vae")]
+        self.key = [ToyFaces(0, seed=2).key, *networks, fingerprint(self.sd), *(
+            getattr(args, k) for k in ("photos", "seeds", "guidance", "steps", "seed", "precision", "device", "batch"))]
         self.say("method", *self.COLUMNS)
         self.say(*["---"] * (1 + len(self.COLUMNS)))
 
@@ -499,11 +498,14 @@ DreamBooth's seconds include fine-tuning and a share of the class pictures, whic
 def report(args):
     """--table: the paper's Table 1 and, below a line, controls. --sweep: of some of its methods, every number of
     references or every λ, and a picture of the curves. What was made before is not made again."""
-    files, shipped = trained_adapters(args, "selfattn", "max", "avg", "concat"), TINY / ADAPTER
+    if args.people < 2 or min(args.photos, args.seeds) < 1 or args.photos * args.seeds < 2:
+        raise ValueError("at least two people (--people), and two pictures of each (--photos times --seeds)")
+    controls = {"refs": ("avg",), "lam": ()}.get(args.sweep, ("max", "avg", "concat"))
+    files, shipped = trained_adapters(args, "selfattn", *controls), TINY / ADAPTER
     methods = {"IP-Adapter": (shipped, "none"), "DreamBooth": None, "IP-Adapter + Max Pooling": (shipped, "max"),
                "IP-Adapter + Avg Pooling": (shipped, "avg"),
                "IP-Adapter + Self-Attention": (files["selfattn"], "selfattn"), "text only": (None, None),
-               **{f"{agg.title()}, fine-tuned": (files[agg], agg) for agg in ("max", "avg", "concat")}}
+               **{f"{agg.title()}, fine-tuned": (files[agg], agg) for agg in controls}}
     if args.no_dreambooth:
         del methods["DreamBooth"]
     if args.sweep == "refs":
