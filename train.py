@@ -375,8 +375,7 @@ def tiny_world(captions, device):
 
 
 def sine_positions(side, width):
-    """(side², width): sines and cosines of row and column. A ViT that starts from nearly equal positions sees the
-    mean colour long before it sees where anything is, and on 40,000 photos the second never comes."""
+    """(side², width): sines and cosines of row and column, so that a ViT knows from the start where things are."""
     angles = torch.arange(side)[:, None] * 100 ** (-torch.arange(0, 1, 4 / width))
     one = torch.cat([angles.sin(), angles.cos()], 1)   # (side, width / 2)
     return torch.cat([one.repeat_interleave(side, 0), one.repeat(side, 1)], 1)
