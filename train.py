@@ -57,7 +57,8 @@ def fit(task, out, steps, batch, lr, args):
 
     AdamW, 100 steps of warm-up, then cosine decay to 1 % of lr; gradients clipped to norm 1. Returns the
     log's rows (step, training loss, validation, seconds). ValueError at a loss or gradient that is not finite: the
-    checkpoint before it stays. Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
+    checkpoint before it stays; also at --resume with other options than the checkpoint's.
+    Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, parameters = out / f"{task.name}.pt", [p for p in task.module.parameters() if p.requires_grad]

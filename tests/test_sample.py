@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import ip_adapter
 import sample
@@ -171,3 +172,11 @@ def test_benchmark_keeps_the_warm_up_apart(monkeypatch, capsys, tiny_folder, wor
 def test_peak_memory_is_in_gigabytes():
     kernel = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     assert 0.99 * kernel <= peak_memory(torch.device("cpu")) <= 9 * kernel   # at least: a parent's may be inherited
+
+
+def test_only_a_run_of_the_tiny_model_is_taken_by_default(workdir):
+    tensors = {f"image_proj.{layer}.weight": torch.zeros(1) for layer in ("proj", "norm")}
+    for name, model in (("own", str(sample.TINY)), ("foreign", "some/other")):   # the foreign one is newer
+        (workdir / "runs" / name).mkdir(parents=True)
+        save_file(tensors, workdir / "runs" / name / "ip-adapter.safetensors", {"model": model})
+    assert sample.find_adapter(sample.TINY, None).parent.name == "own"

@@ -189,6 +189,7 @@ def test_real_photos_train(tiny_folder, workdir, monkeypatch):
     (["--out", "FILE/run"], "FILE"),
     (["--batch", "0"], "--batch"),
     (["--device", "tpu"], "tpu"),
+    (["--method", "base", "--batch", "4"], "--batch"),
 ])
 def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, workdir, words, says):
     (workdir / "FILE").write_text("a file")
@@ -198,6 +199,14 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, work
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and says in message
     assert sorted(p.name for p in workdir.iterdir() if p.name != ".cache") == ["FILE"]
+
+
+def test_one_person_is_refused_before_any_photo_is_read(tiny_folder, photo_folder, workdir, monkeypatch, capsys):
+    (workdir / "one").mkdir()
+    (workdir / "one" / "somebody").symlink_to(next(f for f in photo_folder.iterdir() if len(list(f.iterdir())) > 2))
+    with pytest.raises(SystemExit):
+        program(monkeypatch, "--model", tiny_folder, "--data", "one")
+    assert "only one person" in capsys.readouterr().err and not (workdir / ".cache").exists()
 
 
 def test_unknown_aggregator_is_exit_2(monkeypatch, capsys):
