@@ -128,16 +128,17 @@ def eye_shapes(look, iris):
 def feature_shapes(look, dark, hair):
     """Nose, beard, mouth and mole."""
     (w, jaw, chin), lips, teeth = FACE[look["face"]], (196, 60, 66), (255, 255, 255)
-    moustache = "polygon", (0, 196, 36, 212, -36, 212), hair
+    edge = (40, 28, 24), 3   # or a beard of nearly the skin's colour could not be told from none
+    moustache = "polygon", (0, 196, 28, 194, 40, 220, 22, 212, -22, 212, -40, 220, -28, 194), hair, *edge
     nose = {"small": oval(0, 184, 7, 5, dark), "wide": slab(20, 180, 193, 6, dark),
             "long": ("polygon", (-2, 156, 3, 156, 11, 196, -9, 196), dark)}
-    beard = {"no": [], "moustache": [moustache], "goatee": [slab(22, 226, chin + 8, 14, hair)],
+    beard = {"no": [], "moustache": [moustache], "goatee": [(*slab(22, 226, chin + 8, 14, hair), *edge)],
              "full": [("pieslice", (-jaw - 4, 160, jaw + 4, chin + 10), 4, 176, hair),
-                      ("rectangle", (-jaw * 0.9, 204, jaw * 0.9, 218), hair), moustache]}
+                      ("rectangle", (-jaw * 0.9, 204, jaw * 0.9, 218), hair), moustache[:3]]}
     mouth = {"smiling": [("chord", (-34, 190, 34, 234), 8, 172, lips), ("chord", (-27, 196, 27, 226), 8, 172, teeth)],
              "serious": [slab(27, 211, 220, 4, lips)],
              "surprised": [oval(0, 220, 17, 20, lips), oval(0, 220, 11, 14, (70, 16, 24))],
-             "angry": [("arc", (-30, 208, 30, 250), 198, 342, lips, 9)]}
+             "angry": [("arc", (-29, 206, 29, 258), 192, 348, lips, 9)]}
     side = {"no": 0, "left": -1, "right": 1}[look["mole"]]
     mole = [oval(side * 0.64 * w, 200, 7, 7, (48, 26, 20))] if side else []
     return [nose[look["nose"]], *beard[look["beard"]], *mouth[look["expression"]], *mole]
@@ -188,10 +189,6 @@ def draw_face(identity, scene, rng, size=64):
     for method, xy, *rest in shapes:
         getattr(pen, method)([(x + 160, y) for x, y in zip(xy[::2], xy[1::2])], *rest)
     return photographed(img, ground, rng, size)
-
-
-DRAWING = [ATTRIBUTES, RGB, FACE, *map(inspect.getsource, (   # all that a picture depends on
-    oval, slab, hair_shapes, head_shapes, eye_shapes, feature_shapes, accessory_shapes, photographed, draw_face))]
 
 
 def visible(labels):
@@ -264,10 +261,14 @@ class ToyFaces:
         for p in range(people):
             identity, shots = classes(IDENTITY, seed, p), []
             for q in range(photos):
-                scene = classes(SCENE, seed, p, q)
+                scene = classes(SCENE, seed, p, q + 1)   # NumPy pads seeds with zeros: [seed, p, 0] is [seed, p]
                 shots.append(Photo(partial(draw_face, identity, scene, [seed, p, q, 1], size), prompt_of(scene),
                                    f"toy_{p:05d}_{q:04d}", {**identity, **scene}))
             self.people.append(Person(f"toy_{p:05d}", "person", shots))
+
+
+DRAWING = [ATTRIBUTES, RGB, FACE, *map(inspect.getsource, (   # all that a picture depends on
+    oval, slab, hair_shapes, head_shapes, eye_shapes, feature_shapes, accessory_shapes, photographed, draw_face, ToyFaces))]
 
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
