@@ -337,8 +337,10 @@ def read_tensors(path, prefix):
     ValueError if it is neither `.safetensors` nor a pickle of plain tensors (`weights_only`)."""
     try:
         if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            names, get = file.keys(), file.get_tensor
+            names = safe_open(path, framework="pt").keys()
+
+            def get(name):  # a mapping each, or one packed weight would keep the whole file in memory
+                return safe_open(path, framework="pt").get_tensor(name)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             tensors = tensors.get("state_dict", tensors)
