@@ -446,14 +446,18 @@ class Features:
         return {"z_0": z_0, "embeds": embeds, "c_t": c_t, "readable": torch.tensor(readable)}
 
 
+def digest(*networks):
+    """Sixteen hex digits that change when any tensor of the networks does."""
+    found = hashlib.sha256()
+    for name, w in (item for network in networks for item in network.state_dict().items()):
+        w = w.detach().cpu().double()   # mps has no float64
+        found.update(f"{name} {tuple(w.shape)} {w.sum():.10g} {w.square().sum():.10g}".encode())
+    return found.hexdigest()[:16]
+
+
 def fingerprint(sd):
-    """A digest of the three encoders: it changes when any of their weights does (the VAE's decoder encodes nothing)."""
-    digest = hashlib.sha256(str(sd.vae.config["scaling_factor"]).encode())
-    for module in (sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder, sd.image_encoder):
-        for name, w in module.state_dict().items():
-            w = w.detach().cpu().double()   # mps has no float64
-            digest.update(f"{name} {tuple(w.shape)} {w.sum().item()} {w.square().sum().item()}".encode())
-    return digest.hexdigest()
+    """What `Features` depend on of a model: its three encoders (the VAE's decoder encodes nothing)."""
+    return [sd.vae.config["scaling_factor"], digest(sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder, sd.image_encoder)]
 
 
 def leave_one_out(groups, batch, generator, n=10):

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from data import PICTURES, load_image, to_images, to_tensor, write_whole
+from data import PICTURES, digest, load_image, to_images, to_tensor, write_whole
 from ddpm import at, q_sample
 from ip_adapter import generate
 
@@ -105,10 +105,8 @@ def class_images(sd, prompt, out, count, seed=0, w=4.0, steps=30, batch=8):
     `count` PNG files in out/class-<digest of model and settings>, made by `sd` as it is; those that are there are
     kept. Picture k starts from the noise of seed + k. w: guidance. Returns the files.
     """
-    digest = hashlib.sha256(f"{prompt} {seed} {w} {steps}".encode())
-    for network in (sd.unet, sd.text_encoder, sd.vae):
-        digest.update(" ".join(f"{x.cpu().double().abs().mean():.6g}" for x in network.state_dict().values()).encode())
-    files = [Path(out, f"class-{digest.hexdigest()[:8]}", f"{k:04d}.png") for k in range(count)]
+    key = hashlib.sha256(f"{prompt} {seed} {w} {steps} {digest(sd.unet, sd.text_encoder, sd.vae)}".encode()).hexdigest()
+    files = [Path(out, f"class-{key[:8]}", f"{k:04d}.png") for k in range(count)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     missing = [k for k in range(count) if not files[k].exists()]
     c_pr, null_c_t = sd.encode_prompts([prompt, ""]).float().split(1)

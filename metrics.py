@@ -310,7 +310,8 @@ def trained_adapters(args, *names):
     for name, file in files.items():
         if not file.is_file():
             words = [sys.executable, Path(__file__).with_name("train.py"), "--agg", name, "--model", TINY, "--out",
-                     file.parent, "--device", args.device, *(word for k, v in recipe.items() for word in (f"--{k}", v))]
+                     file.parent, "--device", args.device, "--resume",
+                     *(word for k in OPTIONS if recipe for word in (f"--{k}", recipe[k]))]
             if subprocess.run([str(word) for word in words]).returncode:
                 raise ValueError(f"{file} is missing, and training it failed")
         found = read_adapter(file)[1]
@@ -416,9 +417,7 @@ class Exam:
         self.real = torch.cat([self.judge.features(x).detach().cpu() for x in real])
         self.target = torch.arange(args.photos).repeat_interleave(args.seeds)   # (n,) held-out photo of each picture
         self.texts = [person.photos[9 + q].prompt for person in self.people[:args.people] for q in self.target]
-        networks = [hashlib.sha256((TINY / name / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-                    for name in ("unet", "vae")]
-        self.key = [ToyFaces(0, seed=2).key, *networks, fingerprint(self.sd), *(
+        self.key = [ToyFaces(0, seed=2).key, digest(self.sd.unet, self.sd.vae), fingerprint(self.sd), *(
             getattr(args, k) for k in ("photos", "seeds", "guidance", "steps", "seed", "precision", "device", "batch"))]
         self.say("method", *self.COLUMNS)
         self.say(*["---"] * (1 + len(self.COLUMNS)))
@@ -437,8 +436,8 @@ class Exam:
             return make_pictures(self.sd, self.texts, self.args, self.args.seed, adapter,
                                  embeds.repeat_interleave(self.n, 0), lam)
 
-        digest = file and hashlib.sha256(file.read_bytes()).hexdigest()
-        return cached(compute, *self.key, self.args.people, digest, agg, references, lam)
+        weights = file and hashlib.sha256(file.read_bytes()).hexdigest()
+        return cached(compute, *self.key, self.args.people, weights, agg, references, lam)
 
     def dreambooth(self):
         """Pictures of "sks person", each person learned from the same weights; the seconds include that."""

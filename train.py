@@ -13,6 +13,7 @@ weights and the optimiser, so --resume continues bit for bit.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import signal
@@ -31,8 +32,8 @@ from torch import nn
 from tqdm import tqdm
 
 from aggregators import AGGREGATORS
-from data import (ATTRIBUTES, IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, leave_one_out, pixels, prompt_of,
-                  save_grid, split, to_tensor, traits_of, visible, write_whole)
+from data import (ATTRIBUTES, IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, digest, leave_one_out, pixels,
+                  prompt_of, save_grid, split, to_tensor, traits_of, visible, write_whole)
 from dreambooth import (add_lora, check_identifier, class_images, encode_with_gradient, latents, photo_files,
                         prior_preservation_loss, prompts, save_lora)
 from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate
@@ -205,7 +206,9 @@ def train_adapter(args):
     out, device = args.out or Path("runs") / args.agg, args.device
     steps, batch, lr, init = args.steps or 400, args.batch or 64, args.lr or 1e-3, args.init or Path(args.model) / ADAPTER
     sd = StableDiffusion.load(args.model, device, image_encoder=args.image_encoder)
+    base = digest(sd.unet)   # before the adapter becomes a part of it
     adapter = IPAdapter.load(init, sd.unet, agg=args.agg)
+    base += " " + hashlib.sha256(init.read_bytes()).hexdigest()[:16]
     out.mkdir(parents=True, exist_ok=True)
     people, others = dataset(args, sd.image_size)
     if not others[0]:
@@ -215,9 +218,9 @@ def train_adapter(args):
     vae, sd.vae, sd.text_encoder, sd.image_encoder = sd.vae.cpu(), None, None, None   # their work is cached
     sd.unet.gradient_checkpointing = args.checkpointing
     rows = fit(adapter_task("adapter", sd, adapter, features, held, device), out, steps, batch, lr, args)
-    path, settings = out / "ip-adapter.safetensors", dict(model=args.model, data=args.data, people=len(features.groups),
-                                                          steps=steps, batch=batch * args.accumulate, lr=lr,
-                                                          seed=args.seed, init=init)
+    path, settings = out / "ip-adapter.safetensors", dict(
+        model=args.model, data=args.data, people=len(features.groups), steps=steps, batch=batch * args.accumulate, lr=lr,
+        seed=args.seed, precision=args.precision, init=init, base=base)
     adapter.save(path, {name: str(value) for name, value in settings.items()})
     print(f"validation loss {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s\nwrote {path}, {out}/adapter.csv")
     sd.vae = vae.to(device)

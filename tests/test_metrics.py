@@ -627,8 +627,8 @@ def test_adapters_of_another_recipe_are_refused_and_missing_ones_trained_by_it(e
     monkeypatch.setattr(metrics.subprocess, "run", run)
     args = Namespace(runs=exam_folder / "runs", device="cpu")
     assert list(metrics.trained_adapters(args, "selfattn", "avg").values())[1] == file
-    assert " ".join(calls[0][2:]) == (f"--agg avg --model {metrics.TINY} --out {file.parent} --device cpu "
-                                      "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 1 --init 1")
+    assert " ".join(calls[0][2:]) == (f"--agg avg --model {metrics.TINY} --out {file.parent} --device cpu --resume "
+                                      "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 1 --precision 1 --init 1")
     file.unlink()
     code, _, line = command(*TABLE)
     assert code == 2 and "training it failed" in line
@@ -645,8 +645,15 @@ def test_train_writes_the_recipe_that_the_table_compares(tiny_folder, workdir, m
     monkeypatch.setattr(train, "dataset", lambda args, size: [(few.people, few.key)] * 2)
     train.main()
     found = read_adapter("run/ip-adapter.safetensors")[1]
-    assert [found[k] for k in metrics.RECIPE[:6]] == ["toy", "3", "1", "2", "0.001", "0"]
-    assert found["init"] == str(tiny_folder / train.ADAPTER)
+    assert [found[k] for k in metrics.OPTIONS] == ["toy", "3", "1", "2", "0.001", "0", "fp32", str(tiny_folder / train.ADAPTER)]
+
+    sd, other = StableDiffusion.load(tiny_folder), workdir / "init.safetensors"
+    assert found["base"].startswith(data.digest(sd.unet))
+    IPAdapter.load(tiny_folder / train.ADAPTER, sd.unet, "max").save(other)   # other bytes
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--init", str(other)])
+    train.main()
+    again = read_adapter("run/ip-adapter.safetensors")[1]
+    assert again["base"].split()[0] == found["base"].split()[0] and again["base"] != found["base"]
 
 
 @pytest.mark.parametrize("which, rows, first", [("refs", 36, "IP-Adapter + Max Pooling; references: 1"),
