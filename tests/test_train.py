@@ -232,6 +232,24 @@ def test_base_builds_a_folder_that_everything_opens(workdir, monkeypatch):
     torch.testing.assert_close(sd.encode_prompts(["hat, é"]), theirs)
 
 
+def test_base_forgets_the_stages_of_an_older_run_unless_it_resumes(workdir, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def drawn(*_):
+        raise Stop
+
+    monkeypatch.setattr(train, "pixels", drawn)
+    files = [workdir / f"runs/base/{name}.pt" for name in train.BASE]
+    files[0].parent.mkdir(parents=True)
+    for resume, left in ((["--resume"], len(files)), ([], 0)):
+        for file in files:
+            file.touch()
+        with pytest.raises(Stop):
+            program(monkeypatch, "--method", "base", "--people", 2, *resume)
+        assert sum(file.exists() for file in files) == left
+
+
 def test_nobody_is_in_training_and_held_out_at_once(photo_folder):
     for data_, number in (("toy", 30), (photo_folder, None)):
         ours, others = train.dataset(argparse.Namespace(data=data_, people=number), 64)
