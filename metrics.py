@@ -38,8 +38,8 @@ from torchvision.models.inception import Inception3
 from tqdm import tqdm
 
 from aggregators import fit_references
-from data import (IDENTITY, PICTURES, FeatureNet, ToyFaces, cached, fingerprint, open_all, save_grid, to_tensor,
-                  write_whole)
+from data import (IDENTITY, PICTURES, FeatureNet, ToyFaces, cached, digest, fingerprint, load_image, open_all,
+                  save_grid, to_tensor, write_whole)
 from dreambooth import class_images, latents, prompts
 from ip_adapter import IPAdapter, generate, read_adapter
 from train import (ADAPTER, DREAMBOOTH, TINY, autocast, fine_tune, label_tensors, pick_device, pick_precision,
@@ -256,17 +256,22 @@ def load_judge(weights=None, resize="pytorch-fid", device="cpu"):
     return ToyJudge.load(Path(__file__).parent / "weights/tiny/feature_net").to(device)
 
 
+def pictures_of(folder):
+    """The picture files of a folder, by name; if there are none, those of its sub-folders (LFW). ValueError if none."""
+    found = [sorted(f for f in Path(folder).glob(p) if f.suffix.lower() in PICTURES) for p in ("*", "*/*")]
+    if not (files := found[0] or found[1]):
+        raise ValueError(f"{folder}: {'no pictures in it' if Path(folder).is_dir() else 'no such folder'}")
+    return files
+
+
 @torch.inference_mode()
 def read_folder(folder, judge, batch=32, device="cpu"):
-    """Folder -> features (n, d), p(y|x) (n, K) of its pictures, sorted by name; prints what it had to convert.
+    """Folder -> features (n, d), p(y|x) (n, K) of its pictures (`pictures_of`); prints what it had to convert.
 
-    If there are none, those of its sub-folders (LFW). Each is resized on its own; greyscale and the like become RGB
-    as Pillow does it. Raises ValueError: no folder, no pictures, one that cannot be read (named), features not finite.
+    Each is resized on its own; greyscale and the like become RGB as Pillow does it. Raises ValueError: no folder, no
+    pictures, one that cannot be read (named), features not finite.
     """
-    found = [sorted(f for f in Path(folder).glob(p) if f.suffix.lower() in PICTURES) for p in ("*", "*/*")]
-    files, facts, parts = found[0] or found[1], Counter(), []
-    if not files:
-        raise ValueError(f"{folder}: {'no pictures in it' if Path(folder).is_dir() else 'no such folder'}")
+    files, facts, parts = pictures_of(folder), Counter(), []
     for i in tqdm(range(0, len(files), batch), f"{folder}", leave=False):
         images = []
         for file in files[i:i + batch]:
@@ -293,15 +298,54 @@ def compare_folders(args):
     rows = {"FID": fid(x, y), "KID": kernel_distance(x, y)}
     for marginal in ("uniform", "empirical"):
         rows[f"IS ({marginal} p(y))"] = inception_score(probs, marginal, args.splits, args.seed)
+    if args.clip:
+        rows |= clip_cosines(args)
     if min(len(x), len(y)) <= x.shape[1]:
         print(f"note: not more pictures than features ({x.shape[1]}): FID is far too high, compare at equal numbers")
     print(f"features: {judge.name}\npictures: {len(x)} real, {len(y)} generated; IS over {args.splits} split(s)\n")
     print("| metric | value |\n|---|---|\n" + "\n".join(f"| {k} | {v:.6g} |" for k, v in rows.items()))
 
 
+@torch.inference_mode()
+def clip_cosines(args):
+    """{name: mean cosine of CLIP embeddings} of folders of one person, by the published CLIP --clip.
+
+    CLIP-I: generated to real pictures, which should be photos that the method did not see; CLIP-T: to the --prompt;
+    copy: to the nearest of the --references, minus CLIP-I. ValueError: no such CLIP, no pictures, one unreadable.
+    """
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer   # here: it takes seconds
+
+    def load(kind):
+        try:
+            return kind.from_pretrained(args.clip)
+        except (OSError, ValueError) as e:
+            raise ValueError(f"--clip {args.clip}: no CLIP of transformers ({str(e).strip().splitlines()[0]})") from None
+
+    clip, processor = load(CLIPModel).to(args.device).eval(), load(CLIPImageProcessor)
+
+    def embeds(folder):
+        files = pictures_of(folder)
+        views = (processor([load_image(f) for f in files[i:i + args.batch]], return_tensors="pt")["pixel_values"]
+                 for i in range(0, len(files), args.batch))
+        seen = [clip.visual_projection(clip.vision_model(x.to(args.device)).pooler_output).cpu() for x in views]
+        return torch.cat(seen)[None]   # (1, n, E): one person
+
+    e, rows = embeds(args.generated), {}
+    clip_i, copied = likeness(e, embeds(args.references) if args.references else e, embeds(args.real))
+    rows["CLIP-I"] = float(clip_i.mean())
+    if args.references:
+        rows["copy"] = float(copied.mean())
+    if args.prompt:
+        ids = load(CLIPTokenizer)([args.prompt], truncation=True, return_tensors="pt").to(args.device)
+        text = clip.text_projection(clip.text_model(**ids).pooler_output).cpu()
+        rows["CLIP-T"] = float(F.cosine_similarity(e[0], text).mean())
+    return rows
+
+
 # --------------------------------------------------------------------------- Table 1
 
-RECIPE = ("data", "people", "steps", "batch", "lr", "seed", "init")   # what `train.train_adapter` writes into its files
+OPTIONS = ("data", "people", "steps", "batch", "lr", "seed", "precision", "init")   # that `train.train_adapter` writes
+RECIPE = (*OPTIONS, "base")                                                           # into its files, and two digests
 
 
 def trained_adapters(args, *names):
@@ -376,14 +420,14 @@ def embedded(sd, x):
     return torch.cat([sd.embed_images(to_tensor(part)).cpu() for part in x.split(64)])
 
 
-def likeness(e, references, held, target):
+def likeness(e, references, held, target=None):
     """CLIP-I = mean cosine to the person's held-out photos;   copy = cosine to the nearest reference − CLIP-I.
 
-    Embeddings e (P, n, E) of n pictures of P people, references (P, 9, E), held (P, m, E) -> CLIP-I, copy: (P·n,).
-    target (n,): the held-out photo whose scene a picture shows, and which therefore does not count.
+    Embeddings e (P, n, E) of n pictures of P people, references (P, N, E), held (P, m, E) -> CLIP-I, copy: (P·n,).
+    target (n,): the held-out photo whose scene a picture shows, and which therefore does not count; None: all count.
     """
     e, references, held = (F.normalize(v, dim=2) for v in (e, references, held))
-    others = 1 - F.one_hot(target, held.shape[1])   # (n, m)
+    others = torch.ones(e.shape[1], held.shape[1]) if target is None else 1 - F.one_hot(target, held.shape[1])   # (n, m)
     clip_i = (e @ held.mT * others).sum(2) / others.sum(1)
     return clip_i.flatten(), ((e @ references.mT).amax(2) - clip_i).flatten()
 
@@ -561,6 +605,10 @@ def main():
     parser.add_argument("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid; "
                         "without it the one in torch.hub's cache, else the tiny world's FeatureNet")
     parser.add_argument("--resize", choices=InceptionV3.RESIZE, default="pytorch-fid", help="whose resize to 299 x 299")
+    parser.add_argument("--clip", help="folder or hub id of a CLIP (openai/clip-vit-large-patch14): adds the cosines of one "
+                        "person's pictures to REAL_DIR (CLIP-I), to --prompt (CLIP-T), to --references (copy)")
+    parser.add_argument("--prompt", help="with --clip: what all generated pictures should show")
+    parser.add_argument("--references", help="with --clip: folder of the photos that the method was given")
     parser.add_argument("--splits", type=int, default=1, help="IS is the mean over so many parts (torch-fidelity: 10)")
     parser.add_argument("--batch", type=int, default=32, help="pictures at once")
     parser.add_argument("--seed", type=int, default=2020, help="of the shuffle before the splits; of a table's noise")
@@ -588,6 +636,8 @@ def main():
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on after the last finished row or person") from None
     elif args.real and args.generated:
+        if (args.prompt or args.references) and not args.clip:
+            raise ValueError("--prompt and --references need --clip, a CLIP to compare with")
         compare_folders(args)
     else:
         raise ValueError("name two folders, REAL_DIR and GENERATED_DIR, or ask for --table or --sweep")

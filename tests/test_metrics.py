@@ -696,6 +696,32 @@ def test_copy_is_the_nearest_reference_minus_the_held_out_photos_of_other_scenes
     torch.testing.assert_close(copied, 1 - clip_i)
 
 
+def test_clip_cosines_of_folders_are_those_of_clip_itself(toy_judge, folders, tiny_folder, command, tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")
+    ends = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPModel(CLIPConfig(text_config={**small, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 48},
+                                vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8)).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for part in (clip, tokenizer, processor):
+        part.save_pretrained(tmp_path)
+
+    real, made = folders
+    pictures = [Image.open(f).convert("RGB") for folder in (made, real) for f in sorted(folder.iterdir())]
+    with torch.inference_mode():
+        seen = clip(**tokenizer(["a red hat"], return_tensors="pt"), **processor(pictures, return_tensors="pt"))
+    inner = seen.image_embeds[:2] @ seen.image_embeds[2:].T
+    code, out, _ = command(*folders, "--clip", tmp_path, "--prompt", "a red hat", "--references", made, "--device", "cpu")
+    table = {row.split("|")[1].strip(): float(row.split("|")[2]) for row in out.splitlines() if row[:3] in ("| C", "| c")}
+    assert code == 0 and table == pytest.approx({
+        "CLIP-I": inner.mean().item(), "copy": 1 - inner.mean().item(),
+        "CLIP-T": seen.logits_per_image[:2].mean().item() / clip.logit_scale.exp().item()}, abs=1e-5)
+    assert command(*folders, "--prompt", "a hat")[0] == 2 and "nowhere" in command(*folders, "--clip", "nowhere")[2]
+
+
 def test_identity_counts_right_attributes_among_those_that_can_be_seen():
     class Oracle:
         """Says class 0 everywhere."""
