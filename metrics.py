@@ -13,7 +13,7 @@ Both are computed and named. Features are float32, all statistics float64.
 
     python metrics.py REAL_DIR GENERATED_DIR
     python metrics.py --table                    Table 1 on toy people never seen in training (`Exam`)
-    python metrics.py --sweep refs | lam         quality against the number of references, or against λ
+    python metrics.py --sweep refs | lam | kinds quality against the number of references, λ, or what they hide
 """
 
 import argparse
@@ -38,8 +38,8 @@ from torchvision.models.inception import Inception3
 from tqdm import tqdm
 
 from aggregators import fit_references
-from data import (IDENTITY, PICTURES, FeatureNet, ToyFaces, cached, digest, fingerprint, load_image, open_all,
-                  save_grid, to_tensor, write_whole)
+from data import (IDENTITY, PICTURES, FeatureNet, ToyFaces, cached, digest, draw_face, fingerprint, load_image,
+                  open_all, save_grid, to_tensor, write_whole)
 from dreambooth import class_images, latents, prompts
 from ip_adapter import IPAdapter, generate, read_adapter
 from train import (ADAPTER, DREAMBOOTH, TINY, autocast, fine_tune, label_tensors, pick_device, pick_precision,
@@ -439,6 +439,13 @@ def shown(v):
     return "–" if v is None else str(v) if isinstance(v, int) else f"{v:.1f}" if abs(v) >= 10 else f"{v:.3f}"
 
 
+KINDS = {   # of references, for --sweep kinds: each as it was drawn (None), with another accessory, or of somebody else
+    "as drawn": [None] * 9, "bare faces": [0] * 9, "nine in sunglasses": [1] * 9, "nine in hats": [2] * 9,
+    "nine in scarves": [3] * 9, "eight in sunglasses, one bare": [1] * 8 + [0], "eight in hats, one bare": [2] * 8 + [0],
+    "three of somebody else": [None] * 6 + ["stranger"] * 3,
+}
+
+
 class Exam:
     """Toy people that nobody was trained on: what every method is given of them, and what is said of its pictures.
 
@@ -470,11 +477,26 @@ class Exam:
         self.lines.append(f"| {' | '.join(cells)} |")
         print(self.lines[-1], flush=True)
 
+    @torch.inference_mode()
+    def other_references(self, kinds):
+        """(P, 9, E): embeddings of the nine references, each as its entry of `kinds` says (KINDS)."""
+        people, size = self.people[:self.args.people], self.sd.image_size
+        embeds, strangers = self.embeds[:len(people)].clone(), self.embeds[:len(people)].roll(1, 0)
+        for k, kind in enumerate(kinds):
+            if kind == "stranger":
+                embeds[:, k] = strangers[:, k]
+            elif kind is not None:
+                faces = [draw_face(person.photos[k].labels | {"accessory": kind}, {}, [p, k], size)
+                         for p, person in enumerate(people)]
+                embeds[:, k] = self.sd.embed_images(to_tensor(faces).to(self.args.device)).cpu()
+        return embeds[:, :9]
+
     def adapter(self, file, agg, references=9, lam=1.0):
-        """Pictures of an adapter with the first `references`; file None: text only."""
+        """Pictures of an adapter with the first `references`, or nine of the given KINDS; file None: text only."""
         def compute():
             adapter = file and IPAdapter.load(file, self.sd.unet, agg)
-            embeds = self.embeds[:self.args.people, :references]
+            few = isinstance(references, int)
+            embeds = self.embeds[:self.args.people, :references] if few else self.other_references(references)
             if agg == "selfattn":
                 embeds = fit_references(embeds, 9, torch.Generator().manual_seed(0))
             return make_pictures(self.sd, self.texts, self.args, self.args.seed, adapter,
@@ -540,10 +562,10 @@ DreamBooth's seconds include fine-tuning and a share of the class pictures, whic
 
 def report(args):
     """--table: the paper's Table 1 and, below a line, controls. --sweep: of some of its methods, every number of
-    references or every λ, and a picture of the curves. What was made before is not made again."""
+    references, every λ or every kind of references. What was made before is not made again."""
     if args.people < 2 or min(args.photos, args.seeds) < 1 or args.photos * args.seeds < 2:
         raise ValueError("at least two people (--people), and two pictures of each (--photos times --seeds)")
-    controls = {"refs": ("avg",), "lam": ()}.get(args.sweep, ("max", "avg", "concat"))
+    controls = {"refs": ("avg",), "lam": (), "kinds": ("avg", "concat")}.get(args.sweep, ("max", "avg", "concat"))
     files, shipped = trained_adapters(args, "selfattn", *controls), TINY / ADAPTER
     methods = {"IP-Adapter": (shipped, "none"), "DreamBooth": None, "IP-Adapter + Max Pooling": (shipped, "max"),
                "IP-Adapter + Avg Pooling": (shipped, "avg"),
@@ -557,6 +579,9 @@ def report(args):
     elif args.sweep == "lam":
         names = "IP-Adapter", "IP-Adapter + Self-Attention"
         methods = {f"{name}; λ = {k / 4}": (*methods[name], 9, k / 4) for name in names for k in range(7)}
+    elif args.sweep == "kinds":
+        names = "IP-Adapter + Self-Attention", "Avg, fine-tuned", "Concat, fine-tuned"
+        methods = {f"{name}; {kind}": (*methods[name], KINDS[kind]) for kind in KINDS for name in names}
     exam, curves = Exam(args), {}
     sheet = {"reference": exam.x[:args.people, 0]}
     for name, method in methods.items():
@@ -565,11 +590,13 @@ def report(args):
         made = exam.adapter(*method) if method else exam.dreambooth()
         row = exam.row(name, **made)
         sheet[name.removeprefix("IP-Adapter + ")] = made["x"][::exam.n]
-        if args.sweep:
+        if args.sweep in ("refs", "lam"):
             x = method[2] if args.sweep == "refs" else row["prompt ↑"][0]
             curves.setdefault(name.split(";")[0], []).append((x, row["identity ↑"][0]))
     if args.sweep:
         exam.write(f"sweep_{args.sweep}")
+        if args.sweep == "kinds":
+            return
         title = f"identity against {'number of references' if args.sweep == 'refs' else 'prompt fidelity'}"
         return plot(args.out / f"sweep_{args.sweep}.png", curves, title)
     exam.row("VAE round trip of real photos", torch.cat([round_trip(exam.sd, x[9:]) for x in exam.x[:args.people]]))
@@ -615,7 +642,8 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     own = parser.add_argument_group("on toy people that nobody trained on")
     own.add_argument("--table", action="store_true", help="the paper's Table 1 and Figure 6")
-    own.add_argument("--sweep", choices=["refs", "lam"], help="its numbers for 1 to 9 references, or for λ of 0 to 1.5")
+    own.add_argument("--sweep", choices=["refs", "lam", "kinds"], help="its numbers for 1 to 9 references, for λ of 0 to "
+                     "1.5, or for references that hide or mislead")
     own.add_argument("--people", type=int, default=60, help="people, with nine references each")
     own.add_argument("--photos", type=int, default=3, help="prompts a person")
     own.add_argument("--seeds", type=int, default=3, help="pictures a prompt")

@@ -680,6 +680,32 @@ def test_sweep_varies_only_the_references_or_lam(which, rows, first, exam_folder
         assert all(any(torch.equal(e, given) for given in whole[0, :n]) for e in embeds[0])   # bootstrapped
 
 
+def test_sweep_of_kinds_changes_only_what_the_references_hide_or_whose_they_are(exam_folder, command, monkeypatch):
+    asked = []
+
+    def make_pictures(sd, texts, args, seed, adapter, embeds, lam):
+        asked.append(embeds[::4])   # (2, 9, E): one a person
+        return {"x": torch.zeros(len(texts), 3, 64, 64, dtype=torch.uint8), "seconds": torch.tensor(1.0)}
+
+    monkeypatch.setattr(metrics, "make_pictures", make_pictures)
+    monkeypatch.setattr(metrics, "bootstrap_ci", lambda *_: (0.0, 1.0))
+    code, _, line = command("--sweep", "kinds", *TABLE[1:])
+    assert code == 0, line
+    said = json.loads((exam_folder / "runs/table/sweep_kinds.json").read_text())["rows"]
+    assert len(said) == len(asked) == 3 * len(metrics.KINDS) and list(said)[2] == "Concat, fine-tuned; as drawn"
+    assert all(torch.equal(x, asked[3 * (k // 3)]) for k, x in enumerate(asked))   # the same for every method
+    drawn, bare, *_, hats, strangers = asked[::3]
+    torch.testing.assert_close(strangers[:, :6], drawn[:, :6])
+    torch.testing.assert_close(strangers[:, 6:], drawn[:, 6:].flip(0))   # of two people
+    torch.testing.assert_close(hats[:, 8], bare[:, 8])
+    assert (hats[:, :8] - bare[:, :8]).abs().amax(2).min() > 1e-4
+
+    person = data.ToyFaces(101, 9, seed=2).people[100]   # the first hundred are validation
+    sd = StableDiffusion.load(metrics.TINY)
+    hat = data.draw_face(person.photos[3].labels | {"accessory": 2}, {}, [0, 3])
+    torch.testing.assert_close(hats[0, 3], sd.embed_images(data.to_tensor([hat]))[0])
+
+
 @pytest.mark.parametrize("words", ["--people 1", "--photos 1 --seeds 1", "--seeds 0"])
 def test_table_of_too_few_pictures_is_one_clear_line(words, exam_folder, command):
     code, _, line = command(*TABLE, *words.split())
