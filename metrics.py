@@ -603,7 +603,7 @@ def report(args):
     exam.row("photos of other people", exam.x[args.people:, 9:].flatten(0, 1), first=args.people)
     exam.write("table")
     rows = [list(to_tensor(row)) for row in torch.stack(list(sheet.values()), 1)[:8]]
-    save_grid(args.out / "figure6.png", rows, list(sheet), exam.texts[::exam.n][:8])
+    save_grid(args.out / "figure6.png", rows, list(sheet), exam.texts[::exam.n][:8], side=96)
 
 
 def plot(path, curves, title, side=480):

@@ -544,7 +544,7 @@ def test_table_has_the_papers_rows_then_controls_and_makes_none_twice(exam_folde
             assert all(len(numbers[k]) == 3 for k in ("FID ↓", "identity ↑", "prompt ↑", "copy"))
             assert float(row[4].split()[0]) == pytest.approx(numbers["identity ↑"][0], abs=1e-3)
             assert (row[9] == "–") == (name in ("VAE round trip of real photos", "photos of other people"))
-    assert Image.open(exam_folder / "runs/table/figure6.png").size == (128 * 10, 21 + (128 + 21) * 2)
+    assert Image.open(exam_folder / "runs/table/figure6.png").size == (96 * 10, 16 + (96 + 16) * 2)
     monkeypatch.setattr(metrics, "generate", None)      # a second run makes no picture and trains nobody
     monkeypatch.setattr(metrics, "fine_tune", None)
     assert command(*TABLE)[0] == 0 and (exam_folder / "runs/table/table.md").read_text() == text
