@@ -244,5 +244,5 @@ def generate(sd, c_t, null_c_t, c_i=None, null_c_i=None, w=4.0, lam=1.0, steps=3
     def eps_fn(x_t, t):   # the sampler stays in float32, whatever the weights are
         return predict(x_t.to(c_t.dtype), t).float()
 
-    generator = torch.Generator(c_t.device).manual_seed(seed)
+    generator = torch.Generator(c_t.device).manual_seed(seed + 2**31)   # no x_T's: ε is independent
     return sd.decode_latents(sample(eps_fn, x_T.to(c_t.device), sd.schedule, steps, sampler, generator, progress))
