@@ -25,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from scipy.linalg import LinAlgError, cholesky
 from scipy.linalg.blas import dtrmm
 from torchvision.models.inception import Inception3
@@ -232,7 +234,7 @@ class InceptionV3(Inception3):
     def read(self, images):
         """-> features (B, 2048), p(y|x) (B, 1008) without the bias, as torch-fidelity's "logits_unbiased"."""
         features = self(images)
-        return features, (features @ self.fc.weight.T).double().softmax(1)
+        return features, (features @ self.fc.weight.T).cpu().double().softmax(1)   # mps has no float64
 
 
 class ToyJudge(FeatureNet):
@@ -244,16 +246,28 @@ class ToyJudge(FeatureNet):
 
     def read(self, images):
         """-> features (B, d), p(y|x) (B, K)."""
-        style, colour = (self(images)[head].double().softmax(1) for head in ("hair", "hair_colour"))
-        return self.features(images), (style[:, :, None] * colour[:, None]).flatten(1)
+        features = self.features(images)
+        style, colour = (self.answers(features)[head].cpu().double().softmax(1) for head in ("hair", "hair_colour"))
+        return features, (style[:, :, None] * colour[:, None]).flatten(1)
+
+
+INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
 def load_judge(weights=None, resize="pytorch-fid", device="cpu"):
-    """Inception from the file `weights` or from torch.hub's cache; else the ToyJudge. Raises ValueError."""
+    """Inception from the file `weights`, else from torch.hub's cache or the network; the ToyJudge without any of these,
+    or if asked for by "toy". Raises ValueError."""
     cached = sorted(Path(torch.hub.get_dir(), "checkpoints").glob("*inception-2015-12-05-6726825d.pth"))
-    if weights or cached:
-        return InceptionV3(weights or cached[0], resize).to(device)
-    return ToyJudge.load(Path(__file__).parent / "weights/tiny/feature_net").to(device)
+    try:
+        weights = weights or (cached[0] if cached else torch.hub.load_state_dict_from_url(
+            INCEPTION, map_location="cpu", weights_only=True, check_hash=True))
+    except (OSError, HTTPException):   # no network
+        weights = "toy"
+    except RuntimeError as e:
+        raise ValueError(f"{INCEPTION}: {e}") from None
+    if weights == "toy":
+        return ToyJudge.load(TINY / "feature_net").to(device)
+    return InceptionV3(weights, resize).to(device)
 
 
 def pictures_of(folder):
@@ -300,6 +314,7 @@ def compare_folders(args):
         rows[f"IS ({marginal} p(y))"] = inception_score(probs, marginal, args.splits, args.seed)
     if args.clip:
         rows |= clip_cosines(args)
+        print(f"CLIP: {args.clip}")
     if min(len(x), len(y)) <= x.shape[1]:
         print(f"note: not more pictures than features ({x.shape[1]}): FID is far too high, compare at equal numbers")
     print(f"features: {judge.name}\npictures: {len(x)} real, {len(y)} generated; IS over {args.splits} split(s)\n")
@@ -315,13 +330,14 @@ def clip_cosines(args):
     """
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer   # here: it takes seconds
 
-    def load(kind):
-        try:
-            return kind.from_pretrained(args.clip)
-        except (OSError, ValueError) as e:
-            raise ValueError(f"--clip {args.clip}: no CLIP of transformers ({str(e).strip().splitlines()[0]})") from None
-
-    clip, processor = load(CLIPModel).to(args.device).eval(), load(CLIPImageProcessor)
+    try:
+        clip, info = CLIPModel.from_pretrained(args.clip, output_loading_info=True)
+        processor, tokenizer = (kind.from_pretrained(args.clip) for kind in (CLIPImageProcessor, CLIPTokenizer))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise ValueError(f"--clip {args.clip}: no CLIP of transformers ({str(e).strip().splitlines()[0]})") from None
+    if info["missing_keys"]:
+        raise ValueError(f"--clip {args.clip}: not a whole CLIP, {sorted(info['missing_keys'])[0]} is missing")
+    clip = clip.float().to(args.device).eval()
 
     def embeds(folder):
         files = pictures_of(folder)
@@ -336,7 +352,7 @@ def clip_cosines(args):
     if args.references:
         rows["copy"] = float(copied.mean())
     if args.prompt:
-        ids = load(CLIPTokenizer)([args.prompt], truncation=True, return_tensors="pt").to(args.device)
+        ids = tokenizer([args.prompt], truncation=True, return_tensors="pt").to(args.device)
         text = clip.text_projection(clip.text_model(**ids).pooler_output).cpu()
         rows["CLIP-T"] = float(F.cosine_similarity(e[0], text).mean())
     return rows
@@ -348,21 +364,29 @@ OPTIONS = ("data", "people", "steps", "batch", "lr", "seed", "precision", "init"
 RECIPE = (*OPTIONS, "base")                                                           # into its files, and two digests
 
 
-def trained_adapters(args, *names):
-    """{aggregator: its file in --runs}, trained if it is missing. ValueError unless all have the first one's recipe."""
+def trained_adapters(args, unet, *names):
+    """{aggregator: its file in --runs}, trained if it is missing. ValueError unless all were trained on `unet`, by the
+    recipe of the first one."""
     files, recipe = {name: args.runs / name / "ip-adapter.safetensors" for name in names}, {}
     for name, file in files.items():
         if not file.is_file():
             words = [sys.executable, Path(__file__).with_name("train.py"), "--agg", name, "--model", TINY, "--out",
                      file.parent, "--device", args.device, "--resume",
                      *(word for k in OPTIONS if recipe for word in (f"--{k}", recipe[k]))]
-            if subprocess.run([str(word) for word in words]).returncode:
+            with subprocess.Popen([str(word) for word in words]) as training:
+                try:
+                    failed = training.wait()
+                except KeyboardInterrupt:
+                    training.wait()   # it ends its step and writes a checkpoint
+                    raise
+            if failed:
                 raise ValueError(f"{file} is missing, and training it failed")
         found = read_adapter(file)[1]
         recipe = recipe or {k: found.get(k, "known") for k in RECIPE}
-        if wrong := [f"{k} {found.get(k, 'unknown')}, not {v}" for k, v in recipe.items() if found.get(k) != v]:
-            raise ValueError(f"{file} was trained with other options than {names[0]} ({'; '.join(wrong)}): "
-                             "move it away, and this command trains it anew")
+        wrong = [f"{k} {found.get(k, 'unknown')}, not {v}" for k, v in recipe.items() if found.get(k) != v]
+        if wrong := "; ".join(wrong) or "another UNet" * (not found["base"].startswith(digest(unet))):
+            raise ValueError(f"{file} was not trained with the options of {names[0]} on the UNet that is there now "
+                             f"({wrong}): move it away, and this command trains it anew")
     return files
 
 
@@ -405,12 +429,11 @@ def judged(judge, x, labels, device):
 
     Only attributes that the accessory of the prompt leaves visible are asked for (`data.visible`).
     """
-    parts = [(*judge.read(images), torch.stack([v.argmax(1) for v in judge(images).values()], 1))
-             for images in (to_tensor(part).to(device) for part in x.split(64))]
-    features, probs, answers = (torch.cat(v).cpu() for v in zip(*parts))
+    features, probs = map(torch.cat, zip(*(judge.read(to_tensor(part).to(device)) for part in x.split(64))))
+    answers = torch.stack([v.argmax(1) for v in judge.answers(features).values()], 1).cpu()
     truth, seen = label_tensors(labels)
     right, n = (answers == truth) & seen, len(IDENTITY)
-    return {"features": features, "probs": probs, "identity": right[:, :n].sum(1) / seen[:, :n].sum(1),
+    return {"features": features.cpu(), "probs": probs.cpu(), "identity": right[:, :n].sum(1) / seen[:, :n].sum(1),
             "prompt": right[:, n:].sum(1) / seen[:, n:].sum(1)}
 
 
@@ -440,7 +463,7 @@ def shown(v):
 
 
 KINDS = {   # of references, for --sweep kinds: each as it was drawn (None), with another accessory, or of somebody else
-    "as drawn": [None] * 9, "bare faces": [0] * 9, "nine in sunglasses": [1] * 9, "nine in hats": [2] * 9,
+    "as drawn": 9, "bare faces": [0] * 9, "nine in sunglasses": [1] * 9, "nine in hats": [2] * 9,
     "nine in scarves": [3] * 9, "eight in sunglasses, one bare": [1] * 8 + [0], "eight in hats, one bare": [2] * 8 + [0],
     "three of somebody else": [None] * 6 + ["stranger"] * 3,
 }
@@ -452,24 +475,25 @@ class Exam:
     ToyFaces' seed 0 is the base model's, seed 1 the adapters', and the first hundred people of seed 2 are validation.
     A person has nine references and, held out, as many photos as pictures will be made: the real photos of FID and KID.
     The prompts of the first --photos of these are asked for, --seeds times each, every picture from noise of its own.
+    As many photos again show what real pictures of the same people score.
     """
     COLUMNS = ("FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑", "identity ↑", "prompt ↑", "copy", "CLIP-I ↑",
                "CLIP-T ↑", "s/picture ↓", "N")
 
     def __init__(self, args):
-        self.args, self.n, self.rows, self.lines = args, args.photos * args.seeds, {}, []
+        self.args, self.n, self.rows, self.said, self.fids, self.lines = args, args.photos * args.seeds, {}, {}, {}, []
         self.sd = StableDiffusion.load(TINY, args.device)
         self.judge = ToyJudge.load(TINY / "feature_net").to(args.device)
-        # twice as many people: the second half only to show what real photos score
-        self.people = ToyFaces(100 + 2 * args.people, 9 + self.n, self.sd.image_size, seed=2).people[100:]
-        x = torch.from_numpy(np.stack(list(open_all([photo for person in self.people for photo in person.photos]))))
+        self.people = ToyFaces(100 + args.people, 9 + 2 * self.n, self.sd.image_size, seed=2).people[100:]
+        x = torch.from_numpy(np.stack([x for x, _ in open_all([photo for one in self.people for photo in one.photos])]))
         self.x, self.embeds = (v.unflatten(0, (len(self.people), -1)) for v in (x, embedded(self.sd, x)))
-        real = (to_tensor(x[9:]).to(args.device) for x in self.x[:args.people])
+        real = (to_tensor(x[9:9 + self.n]).to(args.device) for x in self.x)
         self.real = torch.cat([self.judge.features(x).detach().cpu() for x in real])
+        self.groups = torch.arange(len(self.real)).view(len(self.people), -1)   # pictures of each person
         self.target = torch.arange(args.photos).repeat_interleave(args.seeds)   # (n,) held-out photo of each picture
-        self.texts = [person.photos[9 + q].prompt for person in self.people[:args.people] for q in self.target]
+        self.texts = [person.photos[9 + q].prompt for person in self.people for q in self.target]
         self.key = [ToyFaces(0, seed=2).key, digest(self.sd.unet, self.sd.vae), fingerprint(self.sd), *(
-            getattr(args, k) for k in ("photos", "seeds", "guidance", "steps", "seed", "precision", "device", "batch"))]
+            getattr(args, k) for k in ("photos", "seeds", "guidance", "steps", "seed", "precision", "device", "batch")), self.texts]
         self.say("method", *self.COLUMNS)
         self.say(*["---"] * (1 + len(self.COLUMNS)))
 
@@ -480,23 +504,22 @@ class Exam:
     @torch.inference_mode()
     def other_references(self, kinds):
         """(P, 9, E): embeddings of the nine references, each as its entry of `kinds` says (KINDS)."""
-        people, size = self.people[:self.args.people], self.sd.image_size
-        embeds, strangers = self.embeds[:len(people)].clone(), self.embeds[:len(people)].roll(1, 0)
+        embeds, strangers = self.embeds[:, :9].clone(), self.embeds.roll(1, 0)
         for k, kind in enumerate(kinds):
             if kind == "stranger":
                 embeds[:, k] = strangers[:, k]
             elif kind is not None:
-                faces = [draw_face(person.photos[k].labels | {"accessory": kind}, {}, [p, k], size)
-                         for p, person in enumerate(people)]
+                faces = [draw_face(person.photos[k].labels | {"accessory": kind}, {}, [p, k], self.sd.image_size)
+                         for p, person in enumerate(self.people)]
                 embeds[:, k] = self.sd.embed_images(to_tensor(faces).to(self.args.device)).cpu()
-        return embeds[:, :9]
+        return embeds
 
     def adapter(self, file, agg, references=9, lam=1.0):
         """Pictures of an adapter with the first `references`, or nine of the given KINDS; file None: text only."""
         def compute():
             adapter = file and IPAdapter.load(file, self.sd.unet, agg)
             few = isinstance(references, int)
-            embeds = self.embeds[:self.args.people, :references] if few else self.other_references(references)
+            embeds = self.embeds[:, :references] if few else self.other_references(references)
             if agg == "selfattn":
                 embeds = fit_references(embeds, 9, torch.Generator().manual_seed(0))
             return make_pictures(self.sd, self.texts, self.args, self.args.seed, adapter,
@@ -516,31 +539,49 @@ class Exam:
 
         made = []
         for p in tqdm(range(self.args.people), "DreamBooth, people"):
-            made.append(cached(compute, *self.key, "DreamBooth", p, DREAMBOOTH))
+            made.append(cached(compute, *self.key[:-1], self.texts[p * self.n], "DreamBooth", p, DREAMBOOTH))
         return {"x": torch.cat([one["x"] for one in made]), "seconds": sum(one["seconds"] for one in made)}
 
+    def interval(self, statistic, draws=1000):
+        """(statistic(i) of all pictures i, and its 95 % interval over people)."""
+        return statistic(self.groups.flatten()), *bootstrap_ci(self.groups, lambda g: statistic(torch.cat(g)), draws)
+
     @torch.inference_mode()
-    def row(self, name, x, seconds=None, first=0):
-        """Judge pictures x of the people from `first` on, or real photos (no seconds); print and return their row."""
-        who, device = slice(first, first + self.args.people), self.args.device
-        target = torch.arange(self.n) if seconds is None else self.target
-        shots = [person.photos[9 + q] for person in self.people[who] for q in target]
-        said, e = judged(self.judge, x, [shot.labels for shot in shots], device), embedded(self.sd, x)
-        groups = torch.arange(len(x)).view(self.args.people, -1)
-        said["CLIP-I"], said["copy"] = likeness(e[groups], *self.embeds[who].split([9, self.n], dim=1), target)
+    def row(self, name, x, seconds=None, again=False):
+        """Judge generated pictures x, or real photos (no seconds): those of FID, or (`again`) those after them."""
+        target = self.target if seconds is not None else None if again else torch.arange(self.n)
+        numbers = range(9 + self.n, 9 + 2 * self.n) if again else 9 + target
+        shots = [person.photos[q] for person in self.people for q in numbers]
+        said, e = judged(self.judge, x, [shot.labels for shot in shots], self.args.device), embedded(self.sd, x)
+        references, held, _ = self.embeds.split([9, self.n, self.n], dim=1)
+        said["CLIP-I"], said["copy"] = likeness(e[self.groups], references, held, target)
         ids = self.sd.tokenizer([shot.prompt for shot in shots], padding=True, return_tensors="pt").input_ids
-        clip_t = F.cosine_similarity(e, self.sd.text_encoder(ids.to(device)).pooler_output.cpu()).mean()
-
-        def interval(statistic, draws=1000):
-            return statistic(groups.flatten()), *bootstrap_ci(groups, lambda g: statistic(torch.cat(g)), draws)
-
+        clip_t = F.cosine_similarity(e, self.sd.text_encoder(ids.to(self.args.device)).pooler_output.cpu()).mean()
+        self.said[name] = said
         row = self.rows[name] = dict(zip(self.COLUMNS, (
-            interval(lambda i: fid(self.real, said["features"][i]), 200), kernel_distance(self.real, said["features"]),
-            inception_score(said["probs"], "uniform"), inception_score(said["probs"]),
-            *(interval(lambda i: float(said[key][i].mean())) for key in ("identity", "prompt", "copy")),
+            self.interval(partial(self.fid, name), 200),
+            self.interval(lambda i: kernel_distance(self.real[i], said["features"][i]), 200),
+            *(self.interval(lambda i: inception_score(said["probs"][i], marginal)) for marginal in ("uniform", "empirical")),
+            *(self.interval(lambda i: float(said[key][i].mean())) for key in ("identity", "prompt", "copy")),
             float(said["CLIP-I"].mean()), float(clip_t), None if seconds is None else float(seconds) / len(x), len(x))))
         self.say(name, *map(shown, row.values()))
         return row
+
+    def fid(self, name, i):
+        """FID of the pictures i of a row and of the real photos of the same people; every row draws the same i."""
+        key = name, i.numpy().tobytes()
+        if key not in self.fids:
+            self.fids[key] = fid(self.real[i], self.said[name]["features"][i])
+        return self.fids[key]
+
+    def differences(self, best="IP-Adapter + Self-Attention"):
+        """Other rows minus `best`, with intervals over the same people for both: narrower than those of each alone."""
+        self.lines += ["", f"| minus {best} | FID | identity |", "|---|---|---|"]
+        for name in [name for name in self.said if name != best]:
+            identity = self.said[name]["identity"] - self.said[best]["identity"]
+            cells = (self.interval(lambda i: self.fid(name, i) - self.fid(best, i), 200),
+                     self.interval(lambda i: float(identity[i].mean())))
+            self.say(name, *map(shown, cells))
 
     def write(self, stem):
         """--out/<stem>.md and .json."""
@@ -566,7 +607,8 @@ def report(args):
     if args.people < 2 or min(args.photos, args.seeds) < 1 or args.photos * args.seeds < 2:
         raise ValueError("at least two people (--people), and two pictures of each (--photos times --seeds)")
     controls = {"refs": ("avg",), "lam": (), "kinds": ("avg", "concat")}.get(args.sweep, ("max", "avg", "concat"))
-    files, shipped = trained_adapters(args, "selfattn", *controls), TINY / ADAPTER
+    exam, curves, shipped = Exam(args), {}, TINY / ADAPTER
+    files = trained_adapters(args, exam.sd.unet, "selfattn", *controls)
     methods = {"IP-Adapter": (shipped, "none"), "DreamBooth": None, "IP-Adapter + Max Pooling": (shipped, "max"),
                "IP-Adapter + Avg Pooling": (shipped, "avg"),
                "IP-Adapter + Self-Attention": (files["selfattn"], "selfattn"), "text only": (None, None),
@@ -582,8 +624,7 @@ def report(args):
     elif args.sweep == "kinds":
         names = "IP-Adapter + Self-Attention", "Avg, fine-tuned", "Concat, fine-tuned"
         methods = {f"{name}; {kind}": (*methods[name], KINDS[kind]) for kind in KINDS for name in names}
-    exam, curves = Exam(args), {}
-    sheet = {"reference": exam.x[:args.people, 0]}
+    sheet = {"reference": exam.x[:, 0]}
     for name, method in methods.items():
         if name == "text only":
             exam.say("*controls*", *[""] * len(exam.COLUMNS))
@@ -599,8 +640,9 @@ def report(args):
             return
         title = f"identity against {'number of references' if args.sweep == 'refs' else 'prompt fidelity'}"
         return plot(args.out / f"sweep_{args.sweep}.png", curves, title)
-    exam.row("VAE round trip of real photos", torch.cat([round_trip(exam.sd, x[9:]) for x in exam.x[:args.people]]))
-    exam.row("photos of other people", exam.x[args.people:, 9:].flatten(0, 1), first=args.people)
+    exam.row("VAE round trip of real photos", torch.cat([round_trip(exam.sd, x[9:9 + exam.n]) for x in exam.x]))
+    exam.row("other real photos of the same people", exam.x[:, 9 + exam.n:].flatten(0, 1), again=True)
+    exam.differences()
     exam.write("table")
     rows = [list(to_tensor(row)) for row in torch.stack(list(sheet.values()), 1)[:8]]
     save_grid(args.out / "figure6.png", rows, list(sheet), exam.texts[::exam.n][:8], side=96)
@@ -629,8 +671,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("real", metavar="REAL_DIR", nargs="?", help="folder of real pictures")
     parser.add_argument("generated", metavar="GENERATED_DIR", nargs="?", help="folder of generated pictures")
-    parser.add_argument("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid; "
-                        "without it the one in torch.hub's cache, else the tiny world's FeatureNet")
+    parser.add_argument("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid, "
+                        "or toy: the tiny world's FeatureNet (default: from torch.hub or, without a network, toy)")
     parser.add_argument("--resize", choices=InceptionV3.RESIZE, default="pytorch-fid", help="whose resize to 299 x 299")
     parser.add_argument("--clip", help="folder or hub id of a CLIP (openai/clip-vit-large-patch14): adds the cosines of one "
                         "person's pictures to REAL_DIR (CLIP-I), to --prompt (CLIP-T), to --references (copy)")
@@ -658,6 +700,8 @@ def main():
     for name in ("batch", "steps", "splits"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: at least 1")
+    if args.table and args.sweep or (args.table or args.sweep) and (args.real or args.clip or args.inception):
+        raise ValueError("--table, --sweep and folders (with --inception, --clip) are three programs: ask for one")
     if args.table or args.sweep:
         try:
             report(args)

@@ -4,12 +4,14 @@ import json
 import sys
 import warnings
 from argparse import Namespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.models.inception import Inception3
 
 import data
@@ -389,13 +391,18 @@ def test_inception_refuses_other_files(tmp_path, weights):
 # --------------------------------------------------------------------------- folders and the command line
 
 
+def no_network(*_, **__):
+    raise OSError("no network")
+
+
 @pytest.fixture
 def toy_judge(monkeypatch):
-    """FeatureNet as it is born, and a torch.hub without a cache."""
+    """FeatureNet as it is born, and a torch.hub without a cache or a network."""
     torch.manual_seed(0)
     net = ToyJudge().eval()
     monkeypatch.setattr(ToyJudge, "load", lambda folder: net)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "nowhere")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     return net
 
 
@@ -432,6 +439,7 @@ def test_judge_is_the_given_file_then_the_hub_then_the_toy_world(weights, toy_ju
     (tmp_path / "checkpoints" / weights.name).symlink_to(weights)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert isinstance(load_judge(), InceptionV3)
+    assert not isinstance(load_judge("toy"), InceptionV3)
     with pytest.raises(ValueError, match="other.pth"):
         load_judge(tmp_path / "other.pth")
 
@@ -499,6 +507,11 @@ def test_broken_judge_is_named_instead_of_nan(toy_judge, folders, command):
 # --------------------------------------------------------------------------- Table 1
 
 
+def recipe(**other):
+    """What an adapter's file says of a training on the tiny model."""
+    return {**dict.fromkeys(metrics.RECIPE, "1"), "base": data.digest(StableDiffusion.load(metrics.TINY).unet), **other}
+
+
 @pytest.fixture
 def exam_folder(tiny_folder, workdir, monkeypatch):
     """The tiny model, four trained adapters of one recipe, and a DreamBooth of one step from two class pictures."""
@@ -508,7 +521,7 @@ def exam_folder(tiny_folder, workdir, monkeypatch):
         (workdir / "runs" / agg).mkdir(parents=True)
         torch.manual_seed(len(agg))
         file = workdir / f"runs/{agg}/ip-adapter.safetensors"
-        IPAdapter(sd.unet, 128, agg).save(file, dict.fromkeys(metrics.RECIPE, "1"))
+        IPAdapter(sd.unet, 128, agg).save(file, recipe())
 
     def few_pictures(sd, prompt, out, count, seed):
         return class_images(sd, prompt, out, 2, seed, steps=1)
@@ -517,6 +530,7 @@ def exam_folder(tiny_folder, workdir, monkeypatch):
         args.steps = 1
         return fine_tune(sd, texts, z_0, z_pr, out, args)
 
+    monkeypatch.setattr(metrics, "bootstrap_ci", lambda values, statistic, *_: bootstrap_ci(values, statistic, 20))
     monkeypatch.setattr(metrics, "class_images", few_pictures)
     monkeypatch.setattr(metrics, "fine_tune", one_step)
     return workdir
@@ -529,21 +543,27 @@ def test_table_has_the_papers_rows_then_controls_and_makes_none_twice(exam_folde
     code, out, _ = command(*TABLE)
     text = (exam_folder / "runs/table/table.md").read_text()
     said = json.loads((exam_folder / "runs/table/table.json").read_text())
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    table, against = text.split("\n\n")[:2]
+    cells, apart = ([[c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines()] for part in (table, against))
     assert code == 0 and text.splitlines()[0] in out and "not comparable" in text
     assert [row[0] for row in cells[2:]] == [
         "IP-Adapter", "DreamBooth", "IP-Adapter + Max Pooling", "IP-Adapter + Avg Pooling",
         "IP-Adapter + Self-Attention", "*controls*", "text only",
         "Max, fine-tuned", "Avg, fine-tuned", "Concat, fine-tuned",
-        "VAE round trip of real photos", "photos of other people"]
+        "VAE round trip of real photos", "other real photos of the same people"]
+    assert [row[0] for row in apart] == ["minus IP-Adapter + Self-Attention", "---"] + [
+        row[0] for row in cells[2:] if row[0] not in ("IP-Adapter + Self-Attention", "*controls*")]
+    for name, _, identity in apart[2:]:
+        numbers = [said["rows"][n]["identity ↑"][0] for n in (name, "IP-Adapter + Self-Attention")]
+        assert float(identity.split()[0]) == pytest.approx(numbers[0] - numbers[1], abs=1e-3)
     assert said["command"] == "python metrics.py " + " ".join(TABLE) and said["features"] == ToyJudge.name
     for name, *row in cells[2:]:
         if name != "*controls*":
             numbers = said["rows"][name]
             assert list(numbers) == cells[0][1:] and row[-1] == "8"
-            assert all(len(numbers[k]) == 3 for k in ("FID ↓", "identity ↑", "prompt ↑", "copy"))
+            assert all(len(numbers[k]) == 3 for k in cells[0][1:8])
             assert float(row[4].split()[0]) == pytest.approx(numbers["identity ↑"][0], abs=1e-3)
-            assert (row[9] == "–") == (name in ("VAE round trip of real photos", "photos of other people"))
+            assert (row[9] == "–") == ("real photos" in name)
     assert Image.open(exam_folder / "runs/table/figure6.png").size == (96 * 10, 16 + (96 + 16) * 2)
     monkeypatch.setattr(metrics, "generate", None)      # a second run makes no picture and trains nobody
     monkeypatch.setattr(metrics, "fine_tune", None)
@@ -568,8 +588,7 @@ def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_n
     monkeypatch.setattr(metrics, "fine_tune", fine_tune)
     monkeypatch.setattr(metrics, "judged", lambda *args: scored.append(args[1:3]) or judged(*args))
     assert command(*TABLE)[0] == 130 and command(*TABLE)[0] == 0        # stopped at the second person, then resumed
-    sd, all_people = StableDiffusion.load(metrics.TINY), data.ToyFaces(104, 13, seed=2).people
-    people, others = all_people[100:102], all_people[102:]
+    sd, people = StableDiffusion.load(metrics.TINY), data.ToyFaces(102, 17, seed=2).people[100:]
     shots = [photo for person in people for photo in person.photos[9:11] for _ in range(2)]
     texts = [photo.prompt for photo in shots]
     references = [data.to_tensor([photo.image for photo in person.photos[:9]]) for person in people]
@@ -588,10 +607,10 @@ def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_n
     assert len(taught) == 3 and all(t[0] == ["a sks person", "a person"] and t[2:] == (2, bias, 1e-4) for t in taught)
     for (_, z_0, *_), p in zip(taught, (0, 1, 1)):
         torch.testing.assert_close(z_0, sd.encode_latents(references[p]), rtol=0.05, atol=0.05)   # bfloat16, perhaps
-    for (x, labels), row in zip(scored[::-1], (others, people, *[shots] * 9)):
-        shown = row if row is shots else [photo for person in row for photo in person.photos[9:]]
-        assert labels == [photo.labels for photo in shown]
-    assert torch.equal(data.to_tensor(scored[-1][0]), data.to_tensor([p.image for q in others for p in q.photos[9:]]))
+    real, again = ([photo for person in people for photo in person.photos[i:i + 4]] for i in (9, 13))
+    for (x, labels), row in zip(scored[::-1], (again, real, *[shots] * 9)):
+        assert labels == [photo.labels for photo in row]
+    assert torch.equal(data.to_tensor(scored[-1][0]), data.to_tensor([photo.image for photo in again]))
 
 
 def test_pictures_are_the_same_in_any_batch_and_lam_zero_is_text_only(tiny_folder):
@@ -614,27 +633,31 @@ def test_pictures_are_the_same_in_any_batch_and_lam_zero_is_text_only(tiny_folde
 def test_adapters_of_another_recipe_are_refused_and_missing_ones_trained_by_it(exam_folder, command, monkeypatch):
     file, calls = exam_folder / "runs/avg/ip-adapter.safetensors", []
     adapter = IPAdapter(StableDiffusion.load(metrics.TINY).unet, 128, "avg")
-    adapter.save(file, {k: "2" if k == "lr" else "1" for k in metrics.RECIPE})
+    adapter.save(file, recipe(lr="2"))
     code, _, line = command(*TABLE)
-    assert code == 2 and "avg/ip-adapter.safetensors was trained with other options than selfattn (lr 2, not 1)" in line
+    assert code == 2 and "avg/ip-adapter.safetensors was not trained with the options of selfattn" in line
+    assert "(lr 2, not 1)" in line
     file.unlink()
 
-    def run(words):
+    def train_it(words):
         calls.append(words)
-        adapter.save(file, dict.fromkeys(metrics.RECIPE, "1"))
-        return type("", (), {"returncode": len(calls) - 1})
+        adapter.save(file, recipe())
+        return nullcontext(Namespace(wait=lambda: len(calls) - 1))
 
-    monkeypatch.setattr(metrics.subprocess, "run", run)
-    args = Namespace(runs=exam_folder / "runs", device="cpu")
-    assert list(metrics.trained_adapters(args, "selfattn", "avg").values())[1] == file
+    monkeypatch.setattr(metrics.subprocess, "Popen", train_it)
+    args, unet = Namespace(runs=exam_folder / "runs", device="cpu"), StableDiffusion.load(metrics.TINY).unet
+    assert list(metrics.trained_adapters(args, unet, "selfattn", "avg").values())[1] == file
     assert " ".join(calls[0][2:]) == (f"--agg avg --model {metrics.TINY} --out {file.parent} --device cpu --resume "
                                       "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 1 --precision 1 --init 1")
     file.unlink()
     code, _, line = command(*TABLE)
     assert code == 2 and "training it failed" in line
-    adapter.save(exam_folder / "runs/selfattn/ip-adapter.safetensors")     # says nothing of how it was trained
-    assert "selfattn/ip-adapter.safetensors was trained with other options" in (line := command(*TABLE)[2])
+    first = exam_folder / "runs/selfattn/ip-adapter.safetensors"
+    adapter.save(first)     # says nothing of how it was trained
+    assert "selfattn/ip-adapter.safetensors was not trained" in (line := command(*TABLE)[2])
     assert "data unknown, not known" in line
+    adapter.save(first, recipe(base="of older weights"))
+    assert "another UNet" in command(*TABLE)[2]
 
 
 def test_train_writes_the_recipe_that_the_table_compares(tiny_folder, workdir, monkeypatch):
@@ -745,7 +768,10 @@ def test_clip_cosines_of_folders_are_those_of_clip_itself(toy_judge, folders, ti
     assert code == 0 and table == pytest.approx({
         "CLIP-I": inner.mean().item(), "copy": 1 - inner.mean().item(),
         "CLIP-T": seen.logits_per_image[:2].mean().item() / clip.logit_scale.exp().item()}, abs=1e-5)
-    assert command(*folders, "--prompt", "a hat")[0] == 2 and "nowhere" in command(*folders, "--clip", "nowhere")[2]
+    assert command(*folders, "--prompt", "a hat")[0] == 2 and "nowhere" in command(*folders, "--clip", tmp_path / "nowhere")[2]
+    (tmp_path / "model.safetensors").rename(tmp_path / "whole")
+    save_file({"logit_scale": torch.ones(())}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "not a whole CLIP" in command(*folders, "--clip", tmp_path)[2]
 
 
 def test_identity_counts_right_attributes_among_those_that_can_be_seen():
@@ -754,8 +780,8 @@ def test_identity_counts_right_attributes_among_those_that_can_be_seen():
         def read(self, images):
             return torch.zeros(len(images), 4), torch.ones(len(images), 1)
 
-        def __call__(self, images):
-            return {k: F.one_hot(torch.zeros(len(images), dtype=torch.long), n) for k, n in data.FeatureNet().heads.items()}
+        def answers(self, features):
+            return {k: F.one_hot(torch.zeros(len(features), dtype=torch.long), n) for k, n in data.FeatureNet().heads.items()}
 
     labels = {k: 0 for k in (*data.IDENTITY, *data.SCENE)}
     hat = data.SCENE["accessory"].index("hat")
