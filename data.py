@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import math
 import os
+import signal
 import sys
 import warnings
 from contextlib import suppress
@@ -36,6 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from aggregators import fit_references
+from unet import clip_view
 
 # What a person is. The words are those of the captions.
 IDENTITY = {
@@ -230,15 +232,16 @@ def caption_of(labels, rng, traits=None):
 
 
 class Photo(NamedTuple):
-    """One picture x_i with its prompt τ_i. `.image` opens or draws it when asked: RGB, size × size."""
+    """One picture x_i with its prompt τ_i. `.open()` reads or draws it, RGB; `.image` is it cut to size × size."""
     open: object
     prompt: str
     name: str
+    size: int
     labels: dict = {}   # toy pictures know the truth: attribute -> class
 
     @property
     def image(self):
-        return self.open()
+        return square(self.open(), self.size)
 
 
 class Person(NamedTuple):
@@ -263,7 +266,7 @@ class ToyFaces:
             for q in range(photos):
                 scene = classes(SCENE, seed, p, q + 1)   # NumPy pads seeds with zeros: [seed, p, 0] is [seed, p]
                 shots.append(Photo(partial(draw_face, identity, scene, [seed, p, q, 1], size), prompt_of(scene),
-                                   f"toy_{p:05d}_{q:04d}", {**identity, **scene}))
+                                   f"toy_{p:05d}_{q:04d}", size, {**identity, **scene}))
             self.people.append(Person(f"toy_{p:05d}", "person", shots))
 
 
@@ -286,7 +289,12 @@ def load_image(path, size=None):
             img = img.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path}: not a readable picture ({e})") from None
-    return ImageOps.fit(img, (size, size), Image.Resampling.BICUBIC) if size else img
+    return square(img, size) if size else img
+
+
+def square(img, size):
+    """The centre of a picture, size × size."""
+    return img if img.size == (size, size) else ImageOps.fit(img, (size, size), Image.Resampling.BICUBIC)
 
 
 class LFW:
@@ -310,7 +318,7 @@ class LFW:
             if len(files) < min_photos:
                 continue
             names = [f"{folder.name}/{f.name}" for f in files]
-            shots = [Photo(partial(load_image, f, size), prompts.get(name, "a photo of a person"), name)
+            shots = [Photo(partial(load_image, f), prompts.get(name, "a photo of a person"), name, size)
                      for f, name in zip(files, names)]
             nouns = [word for shot in shots for word in shot.prompt.split() if word in ("man", "woman")]
             self.people.append(Person(folder.name, max(nouns, key=nouns.count, default="person"), shots))
@@ -382,24 +390,27 @@ def cached(compute, *key):
     return load_file(path)
 
 
-def _open(photo):
+def _open(view, photo):
     with suppress(ValueError):   # of a file that cannot be read: None
-        return np.asarray(photo.image).transpose(2, 0, 1)
+        img = photo.open()
+        return np.asarray(square(img, photo.size)).transpose(2, 0, 1), view and clip_view(img, view)
 
 
-def open_all(photos, chunk=4096):
-    """Yield the pixels of every photo in order, uint8 (3, S, S), or None where one cannot be read.
+def open_all(photos, view=None, chunk=4096):
+    """Yield of every photo in order its pixels, uint8 (3, S, S), and CLIP's view of side `view`; None if unreadable.
     All cores open one chunk, then rest while it is used: drawing and encoding at once slow each other down."""
-    with get_context("fork" if sys.platform == "linux" else None).Pool() as pool:
+    workers = get_context("fork" if sys.platform == "linux" else None).Pool(   # Ctrl-C is for the one that waits for them
+        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with workers as pool:
         parts = (photos[i:i + chunk] for i in range(0, len(photos), chunk))
-        opened = (x for part in parts for x in pool.map(_open, part, chunksize=64))
+        opened = (x for part in parts for x in pool.map(partial(_open, view), part, chunksize=min(64, chunk // 8 or 1)))
         yield from tqdm(opened, desc="photos", total=len(photos), leave=False)
 
 
 def pixels(faces):
     """uint8 (n, 3, S, S): all photos of ToyFaces, cached."""
     photos = [photo for person in faces.people for photo in person.photos]
-    return cached(lambda: {"x": torch.from_numpy(np.stack(list(open_all(photos))))}, "pixels", faces.key)["x"]
+    return cached(lambda: {"x": torch.from_numpy(np.stack([x for x, _ in open_all(photos)]))}, "pixels", faces.key)["x"]
 
 
 class Features:
@@ -419,7 +430,8 @@ class Features:
         prompts = sorted({photo.prompt for photo in photos})
         device = next(sd.unet.parameters()).device
         found = cached(lambda: self.compute(sd, photos, ["", *prompts], device), "features", key, fingerprint(sd),
-                       [(photo.name, photo.prompt) for photo in photos], torch.is_autocast_enabled(device.type))
+                       [(photo.name, photo.prompt) for photo in photos], 
+                       torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type))
         self.z_0, self.embeds, kept = found["z_0"], found["embeds"], found["readable"]
         self.null_c_t, self.c_t = found["c_t"][:1], found["c_t"][1:]
         if bad := [photo.name for photo, ok in zip(photos, kept) if not ok]:
@@ -433,12 +445,14 @@ class Features:
     @torch.inference_mode()
     def compute(sd, photos, prompts, device):
         generator, parts, readable = torch.Generator(device).manual_seed(0), [], []
-        opened, batch = open_all(photos), max(1, 64 * 64**2 // sd.image_size**2)
+        batch = max(1, 64 * 64**2 // sd.image_size**2)
+        opened = open_all(photos, sd.image_encoder.config.image_size, 64 * batch)
         while some := list(islice(opened, batch)):
             readable += [x is not None for x in some]
             if good := [x for x in some if x is not None]:
-                x = to_tensor(torch.from_numpy(np.stack(good))).to(device)
-                parts.append((sd.encode_latents(x, generator).float().cpu(), sd.embed_images(x).float().cpu()))
+                x, views = zip(*good)
+                z_0 = sd.encode_latents(to_tensor(torch.from_numpy(np.stack(x))).to(device), generator)
+                parts.append((z_0.float().cpu(), sd.embed_images(views).float().cpu()))
         if not parts:
             raise ValueError(f"none of the {len(photos)} photos can be read")
         z_0, embeds = map(torch.cat, zip(*parts))
@@ -446,18 +460,19 @@ class Features:
         return {"z_0": z_0, "embeds": embeds, "c_t": c_t, "readable": torch.tensor(readable)}
 
 
-def digest(*networks):
-    """Sixteen hex digits that change when any tensor of the networks does."""
-    found = hashlib.sha256()
+def digest(*networks, **settings):
+    """Sixteen hex digits that change when any number in the networks does, or any of the settings."""
+    found = hashlib.sha256(repr(settings).encode())
     for name, w in (item for network in networks for item in network.state_dict().items()):
-        w = w.detach().cpu().double()   # mps has no float64
-        found.update(f"{name} {tuple(w.shape)} {w.sum():.10g} {w.square().sum():.10g}".encode())
+        found.update(f"{name} {w.dtype} {tuple(w.shape)}".encode())
+        found.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 
 def fingerprint(sd):
-    """What `Features` depend on of a model: its three encoders (the VAE's decoder encodes nothing)."""
-    return [sd.vae.config["scaling_factor"], digest(sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder, sd.image_encoder)]
+    """The digest of all that `Features` depend on of a model: its encoders (the VAE's decoder encodes nothing)."""
+    return digest(sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder, sd.image_encoder, size=sd.image_size,
+                  scale=sd.vae.config["scaling_factor"], preprocessor=sd.preprocessor)
 
 
 def leave_one_out(groups, batch, generator, n=10):
@@ -500,9 +515,11 @@ class FeatureNet(nn.Module):
     def features(self, x):
         return self.body(x)
 
+    def answers(self, features):
+        return dict(zip(self.heads, self.head(nn.functional.silu(features)).split(list(self.heads.values()), dim=1)))
+
     def forward(self, x):
-        logits = self.head(nn.functional.silu(self.body(x))).split(list(self.heads.values()), dim=1)
-        return dict(zip(self.heads, logits))
+        return self.answers(self.features(x))
 
     def save(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import json
 import math
 import pickle
 import re
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -30,6 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -337,10 +339,11 @@ def read_tensors(path, prefix):
     ValueError if it is neither `.safetensors` nor a pickle of plain tensors (`weights_only`)."""
     try:
         if path.suffix == ".safetensors":
-            names = safe_open(path, framework="pt").keys()
-
-            def get(name):  # a mapping each, or one packed weight would keep the whole file in memory
-                return safe_open(path, framework="pt").get_tensor(name)
+            file = safe_open(path, framework="pt")
+            names, get = file.keys(), file.get_tensor
+            if sys.platform == "linux":  # a mapping each, or one packed weight would keep the whole file in memory
+                def get(name):
+                    return safe_open(path, framework="pt").get_tensor(name)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             tensors = tensors.get("state_dict", tensors)
@@ -435,6 +438,13 @@ def make_schedule(config):
 def like(x, module):
     weight = next(module.parameters())
     return x.to(weight.device, weight.dtype)
+
+
+def clip_view(photo, size):
+    """What CLIP sees of a PIL image: shortest edge to `size`, bicubic, and the centre of that. size × size, RGB."""
+    sides = [size * side // min(photo.size) for side in photo.size]
+    left, top = ((side - size) // 2 for side in sides)
+    return photo.convert("RGB").resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 class StableDiffusion:
@@ -562,11 +572,11 @@ class StableDiffusion:
             raise ValueError("the checkpoint has no image encoder: name the folder or hub id of one (h94/IP-Adapter)")
         from torchvision.transforms.functional import InterpolationMode, resize, to_tensor  # here: it takes a second
 
-        size, bicubic = self.image_encoder.config.image_size, InterpolationMode.BICUBIC
+        size = self.image_encoder.config.image_size
         if isinstance(images, torch.Tensor):
-            views = [resize(images.float(), size, bicubic, antialias=True).clamp(-1, 1) / 2 + 0.5]
+            x = resize(images.float(), size, InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1) / 2 + 0.5
+            views = [x[..., (x.shape[2] - size) // 2 :, (x.shape[3] - size) // 2 :][..., :size, :size]]
         else:
-            views = [to_tensor(resize(photo.convert("RGB"), size, bicubic))[None] for photo in images]
-        views = [x[..., (x.shape[2] - size) // 2 :, (x.shape[3] - size) // 2 :][..., :size, :size] for x in views]
+            views = [to_tensor(clip_view(photo, size))[None] for photo in images]
         mean, std = (views[0].new_tensor(self.preprocessor[key])[:, None, None] for key in ("image_mean", "image_std"))
         return (torch.cat(views) - mean) / std
