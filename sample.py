@@ -20,11 +20,11 @@ from PIL import ImageOps
 from torch import nn
 
 from aggregators import AGGREGATORS, fit_references
-from data import ToyFaces, load_image, save_grid, to_tensor
+from data import ToyFaces, digest, load_image, save_grid, to_tensor
 from dreambooth import load_lora
 from ip_adapter import IPAdapter, generate, read_adapter
-from train import ADAPTER, TINY, peak_memory, pick_device, pick_precision, run
-from unet import StableDiffusion
+from train import ADAPTER, TINY, beside, peak_memory, pick_device, pick_precision, run
+from unet import StableDiffusion, UNet, build, read_json
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,9 +32,10 @@ DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def find_adapter(model, path):
     """--adapter, else (for the tiny model) the newest run's, else the one shipped beside the model, else None."""
     runs = sorted(Path("runs").glob("*/ip-adapter.safetensors"), key=lambda p: p.stat().st_mtime)
-    if path is None and Path(model).resolve() == TINY.resolve():
+    if path is None and runs and Path(model).resolve() == TINY.resolve():
+        unet = digest(build(UNet, read_json(TINY / "unet/config.json"), TINY / "unet"))   # in float32, as in training
         for run_ in reversed(runs):
-            if Path(read_adapter(run_)[1].get("model", "")).resolve() == TINY.resolve():
+            if read_adapter(run_)[1].get("base", "").startswith(unet):
                 return run_
     shipped = Path(model) / ADAPTER
     return path or (shipped if shipped.is_file() else None)
@@ -125,10 +126,13 @@ def main():
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
 
-    sd = StableDiffusion.load(args.model, device, DTYPE[precision], args.image_encoder)
+    path, references, prompt = find_adapter(args.model, args.adapter), [], args.prompt
+    sd = StableDiffusion.load(args.model, device, DTYPE[precision], args.image_encoder or path and beside(path))
+    if device.type == "cuda":   # as its convolutions like it; on CPUs `pack` brings weights into their order
+        for network in (sd.unet, sd.vae):
+            network.to(memory_format=torch.channels_last)
     if args.lora:
         load_lora(args.lora, sd)
-    path, references, prompt = find_adapter(args.model, args.adapter), [], args.prompt
     if args.refs:
         references = [load_image(p) for p in args.refs]
     elif path and Path(args.model).resolve() == TINY.resolve() and not args.lora:

@@ -32,8 +32,8 @@ from torch import nn
 from tqdm import tqdm
 
 from aggregators import AGGREGATORS
-from data import (ATTRIBUTES, IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, digest, leave_one_out, pixels,
-                  prompt_of, save_grid, split, to_tensor, traits_of, visible, write_whole)
+from data import (ATTRIBUTES, IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, digest, fingerprint,
+                  leave_one_out, pixels, prompt_of, save_grid, split, to_tensor, traits_of, visible, write_whole)
 from dreambooth import (add_lora, check_identifier, class_images, encode_with_gradient, latents, photo_files,
                         prior_preservation_loss, prompts, save_lora)
 from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate
@@ -56,7 +56,7 @@ class Task:
 def fit(task, out, steps, batch, lr, args):
     """Train `task.module`; log to out/<name>.csv, checkpoint to out/<name>.pt every args.every steps.
 
-    AdamW, 100 steps of warm-up, then cosine decay to 1 % of lr; gradients clipped to norm 1. Returns the
+    AdamW; 100 steps of warm-up times cosine decay to 1 % of lr; gradients clipped to norm 1. Returns the
     log's rows (step, training loss, validation, seconds). ValueError at a loss or gradient that is not finite: the
     checkpoint before it stays; also at --resume with other options than the checkpoint's.
     Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
@@ -71,14 +71,15 @@ def fit(task, out, steps, batch, lr, args):
     if not args.resume:
         checkpoint.unlink(missing_ok=True)   # an older run's must not be taken for this one's
     elif checkpoint.exists():
-        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         old = state.get("settings", {})
         if other := [f"--{name} {old.get(name)}, not {new}" for name, new in settings.items() if old.get(name) != new]:
             raise ValueError(f"--resume: {checkpoint} was trained with other options: {', '.join(other)}")
         task.module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        first, rows, window, spent = state["step"], state["rows"], state["window"], state["spent"]
+        first, rows, window, spent = (state[name] for name in ("step", "rows", "window", "spent"))
+        del state   # a second copy of the weights
     began = time.perf_counter() - spent
 
     def validate(step):
@@ -107,14 +108,14 @@ def fit(task, out, steps, batch, lr, args):
                     loss = task.loss(batch, generator) / args.accumulate
                 if not torch.isfinite(loss):
                     raise ValueError(f"{task.name}: the loss is {loss.item()} at step {step}; {checkpoint} holds the last "
-                                     "good state, if there is one. Try a smaller --lr or --precision fp32, then --resume")
+                                     "good state, if there is one. Start again with a smaller --lr or with --precision fp32")
                 scaler.scale(loss).backward()
                 window.append(loss.item() * args.accumulate)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not scaler.is_enabled() and not torch.isfinite(norm):   # with fp16 the scaler skips such a step itself
                 raise ValueError(f"{task.name}: the gradient is {norm.item()} at step {step}; {checkpoint} holds the last "
-                                 "good state, if there is one. Try a smaller --lr or --precision fp32, then --resume")
+                                 "good state, if there is one. Start again with a smaller --lr or with --precision fp32")
             scaler.step(optimizer)
             scaler.update()
             if (step + 1) % args.every == 0 or step + 1 == steps:
@@ -201,14 +202,20 @@ def dataset(args, size):
     return (ours, lfw.key), (others[:100], lfw.key)
 
 
+def beside(adapter):
+    """The folder of an adapter file if it holds the image encoder too, as h94/IP-Adapter's `models` does, else None."""
+    return adapter.parent if (adapter.parent / "image_encoder/config.json").is_file() else None
+
+
 def train_adapter(args):
     """The paper's section 3.5 (selfattn), and its controls: an adapter trained leave-one-out from --init."""
     out, device = args.out or Path("runs") / args.agg, args.device
     steps, batch, lr, init = args.steps or 400, args.batch or 64, args.lr or 1e-3, args.init or Path(args.model) / ADAPTER
-    sd = StableDiffusion.load(args.model, device, image_encoder=args.image_encoder)
-    base = digest(sd.unet)   # before the adapter becomes a part of it
+    if not init.is_file():
+        raise ValueError(f"{init}: no such adapter to start from; name one with --init (ip-adapter_sd15.safetensors)")
+    sd = StableDiffusion.load(args.model, device, image_encoder=args.image_encoder or beside(init))
     adapter = IPAdapter.load(init, sd.unet, agg=args.agg)
-    base += " " + hashlib.sha256(init.read_bytes()).hexdigest()[:16]
+    args.base = f"{digest(sd.unet)} {fingerprint(sd)} {hashlib.sha256(init.read_bytes()).hexdigest()[:16]}"   # for --resume
     out.mkdir(parents=True, exist_ok=True)
     people, others = dataset(args, sd.image_size)
     if not others[0]:
@@ -220,7 +227,7 @@ def train_adapter(args):
     rows = fit(adapter_task("adapter", sd, adapter, features, held, device), out, steps, batch, lr, args)
     path, settings = out / "ip-adapter.safetensors", dict(
         model=args.model, data=args.data, people=len(features.groups), steps=steps, batch=batch * args.accumulate, lr=lr,
-        seed=args.seed, precision=args.precision, init=init, base=base)
+        seed=args.seed, precision=args.precision, init=init, base=args.base)
     adapter.save(path, {name: str(value) for name, value in settings.items()})
     print(f"validation loss {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s\nwrote {path}, {out}/adapter.csv")
     sd.vae = vae.to(device)
@@ -285,7 +292,14 @@ def fine_tune(sd, texts, z_0, z_pr, out, args):
         module.requires_grad_(True)
     sd.unet.gradient_checkpointing = args.checkpointing
     steps, batch, lr = (getattr(args, name) or default for name, default in DREAMBOOTH.items())
-    return fit(dreambooth_task(sd, module, texts, z_0, z_pr, args), out, steps, batch, lr, args)
+    task = dreambooth_task(sd, module, texts, z_0, z_pr, args)
+    idle = [part for part in (sd.vae, sd.image_encoder, None if args.train_text_encoder else sd.text_encoder) if part]
+    for part in idle:   # their work is done: no room for them on a GPU
+        part.cpu()
+    rows = fit(task, out, steps, batch, lr, args)
+    for part in idle:
+        part.to(args.device)
+    return rows
 
 
 def train_dreambooth(args):
@@ -298,6 +312,7 @@ def train_dreambooth(args):
         raise ValueError("--lora takes a rank of at least 1, and trains the UNet only: without --train-text-encoder")
     out, files, texts = args.out or Path("runs/dreambooth"), photo_files(args.images), prompts(args.identifier, args.noun)
     sd, generator = StableDiffusion.load(args.model, args.device), torch.Generator().manual_seed(args.seed)
+    began, args.base = time.perf_counter(), digest(sd.unet, sd.text_encoder, sd.vae)   # for --resume
     check_identifier(sd.tokenizer, args.identifier)
     with autocast(args):
         z_0 = latents(sd, files, generator)
@@ -309,9 +324,10 @@ def train_dreambooth(args):
         save_lora(sd.unet, out / "pytorch_lora_weights.safetensors")
     else:
         sd.save(out)
-    print(f"validation loss {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s\n"
-          f"wrote {out}{'' if args.lora is None else '/pytorch_lora_weights.safetensors'}, {out}/dreambooth.csv")
+    print(f"validation loss {rows[0][2]:.4f} -> {rows[-1][2]:.4f} in {rows[-1][3]:.0f} s, with all pictures "
+          f"{time.perf_counter() - began:.0f} s\nwrote {out}{'' if args.lora is None else '/pytorch_lora_weights.safetensors'}, {out}/dreambooth.csv")
     variations(sd, f"{args.identifier} {args.noun}", args.noun, out / "samples.png", args)
+    print(f"peak memory {peak_memory(args.device):.2f} GB")
 
 
 def variations(sd, person, noun, path, args, seeds=4):
@@ -367,8 +383,8 @@ def tiny_world(captions, device):
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=48, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    for name, w in text.named_parameters():   # N(0, 0.02²): the layers would drown a word that no caption has, such as
-        if "embedding" in name:               # DreamBooth's sks; larger, it stays a direction of its own
+    for name, w in text.named_parameters():   # both N(0, 0.02²): the layers would drown a word that no caption has, such
+        if "embedding" in name:               # as DreamBooth's sks; larger, and larger than its position, it stays itself
             w.data *= 15 if "token" in name else 5
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(
         image_size=64, patch_size=8, hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=5,

@@ -1,6 +1,7 @@
 """sample.py: references and a prompt become a picture; what is wrong is said in one line."""
 
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 import ip_adapter
 import sample
-from data import ToyFaces
+from data import ToyFaces, digest
 from ip_adapter import IPAdapter
 from train import ADAPTER, peak_memory, run
 from unet import StableDiffusion, UNet
@@ -174,9 +175,37 @@ def test_peak_memory_is_in_gigabytes():
     assert 0.99 * kernel <= peak_memory(torch.device("cpu")) <= 9 * kernel   # at least: a parent's may be inherited
 
 
-def test_only_a_run_of_the_tiny_model_is_taken_by_default(workdir):
+def test_only_a_run_on_these_very_weights_is_taken_by_default(workdir, tiny_folder, monkeypatch):
+    monkeypatch.setattr(sample, "TINY", tiny_folder)
+    unet = StableDiffusion.load(tiny_folder).unet
     tensors = {f"image_proj.{layer}.weight": torch.zeros(1) for layer in ("proj", "norm")}
-    for name, model in (("own", str(sample.TINY)), ("foreign", "some/other")):   # the foreign one is newer
+    for name, base in (("own", f"{digest(unet)} and the rest"), ("stale", "of older weights"), ("foreign", "")):   # newest
         (workdir / "runs" / name).mkdir(parents=True)
-        save_file(tensors, workdir / "runs" / name / "ip-adapter.safetensors", {"model": model})
-    assert sample.find_adapter(sample.TINY, None).parent.name == "own"
+        save_file(tensors, workdir / "runs" / name / "ip-adapter.safetensors", {"base": base})
+    assert sample.find_adapter(tiny_folder, None).parent.name == "own"
+
+
+def test_ddpm_noise_is_not_the_noise_that_a_picture_starts_from(tiny_folder, monkeypatch):
+    sd, seen = StableDiffusion.load(tiny_folder), []
+
+    def walk(eps_fn, x_T, schedule, steps, sampler, generator, progress):
+        seen.append((x_T, torch.randn(x_T.shape, generator=generator)))
+        return x_T
+
+    monkeypatch.setattr(ip_adapter, "sample", walk)
+    c_t = sd.encode_prompts(["a hat", "a hat"])
+    ip_adapter.generate(sd, c_t, c_t[:1], sampler="ddpm", seed=3)
+    (x_T, eps), = seen
+    assert x_T.flatten().dot(eps.flatten()).abs() < 0.1 * len(x_T.flatten())
+
+
+def test_image_encoder_beside_the_adapter_is_found(tiny_folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "model/image_encoder").rename(tmp_path / "models/image_encoder")   # as in h94/IP-Adapter
+    adapter = (tmp_path / "model" / sample.ADAPTER).rename(tmp_path / "models/ip-adapter.safetensors")
+    picture = tmp_path / "face.png"
+    ToyFaces(1).people[0].photos[0].image.save(picture)
+    words = ["--adapter", adapter, "--refs", picture, "--prompt", "a hat", "--n", 1, "--steps", 1]
+    program(monkeypatch, "--model", tmp_path / "model", *words, "--out", tmp_path / "out.png")
+    assert (tmp_path / "out.png").is_file()

@@ -3,17 +3,21 @@
 import argparse
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import data
+import ip_adapter
 import train
 from ip_adapter import IPAdapter
 from unet import StableDiffusion
@@ -24,6 +28,14 @@ ROOT = Path(train.__file__).parent
 def program(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.run(train.main)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_pictures():
+    """Two steps a picture: here it counts only that there are pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "generate", lambda *args, **settings: ip_adapter.generate(*args, **{**settings, "steps": 2}))
+        yield
 
 
 def options(**changes):
@@ -157,6 +169,32 @@ def test_kill_9_then_resume_is_bit_identical(trained, tiny_folder, workdir, monk
     program(monkeypatch, *words, "--steps", 6, "--resume")
     a, b = (load_file(folder / "run" / "ip-adapter.safetensors") for folder in (trained, workdir))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_refuses_a_checkpoint_of_another_base_model(trained, tiny_folder, workdir, monkeypatch, capsys):
+    shutil.copytree(trained, workdir, dirs_exist_ok=True)
+    unet = train.StableDiffusion.load(tiny_folder).unet
+    unet.conv_out.bias.data += 1   # new weights in the old place
+    monkeypatch.setattr(train, "digest", lambda *_: data.digest(unet))
+    with pytest.raises(SystemExit) as stop:
+        program(monkeypatch, "--model", tiny_folder, "--out", "run", *WORDS, "--steps", 6, "--resume")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "--base" in line and "--model" not in line
+
+
+def test_clip_sees_photos_as_they_are_in_training_as_in_sampling(tiny_folder, workdir):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Path("photos", name).mkdir(parents=True)
+        for k in range(2):
+            noise = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((150, 210)).save(f"photos/{name}/{k}.png")
+    people, sd = data.LFW("photos", 64).people, StableDiffusion.load(tiny_folder)
+    features = data.Features(sd, people, "photos")
+    originals = [data.load_image(f) for f in sorted(Path("photos").glob("*/*"))]
+    torch.testing.assert_close(features.embeds, sd.embed_images(originals), rtol=1e-4, atol=1e-5)
+    cut = sd.embed_images([photo.image for person in people for photo in person.photos])
+    assert (features.embeds - cut).abs().max() > 1e-3
 
 
 def test_selfattn_starts_from_the_loss_of_average_pooling(trained, tiny_folder, monkeypatch):
