@@ -462,14 +462,18 @@ class StableDiffusion:
         """Read a checkpoint: a folder in diffusers' layout, a hub id, or a single .safetensors or .ckpt file.
 
         image_encoder: folder or hub id (h94/IP-Adapter) of Γ_i; default: the one in or beside the checkpoint, if any.
-        config: for a single file, folder or hub id of its tokenizer and, if it is not SD 1.5, of its config.json files.
+        config: for a single file, folder or hub id of its tokenizer and, if it is not SD 1.5, of its config.json files;
+        default: its own folder if `tokenizer` is there, else CLIP's tokenizer from the hub.
         FileNotFoundError names a missing part, ValueError a tensor or setting that does not fit.
         """
         from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection  # here: it takes seconds
 
         path = locate(path, PREFIXES, dtype)
         single = path.is_file()
-        root = locate(config or "openai/clip-vit-large-patch14", [], dtype) if single else path
+        root = path
+        if single:  # it holds no tokenizer
+            beside = path.parent if (path.parent / "tokenizer").is_dir() else "openai/clip-vit-large-patch14"
+            root = locate(config or beside, [], dtype)
 
         def settings(name, file="config.json"):
             return SD15[name] if single and not (root / name / file).is_file() else read_json(root / name / file)

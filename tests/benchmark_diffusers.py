@@ -147,7 +147,8 @@ def matmul_peak(dtype, n=2048):
 
 
 def compete(folder, args, config):
-    """Rounds of all contenders, each round in another order; prints the table. True if the pictures agree."""
+    """Rounds of all contenders, each round in another order; prints the table, and whether time and memory meet
+    what the project promises. True if the pictures agree."""
     flops, environment = write_unets(folder, config), {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     contenders = [(name, p) for p in args.precision for name in ("diffusers", "ours", "ours --compile")]
     results, peak = {c: [] for c in contenders}, {p: 0 for p in args.precision}
@@ -160,18 +161,25 @@ def compete(folder, args, config):
             results[name, p].append(json.loads(answer.stdout.splitlines()[-1]))
             print(f"round {k + 1}: {name}, {p}: {results[name, p][-1]}", file=sys.stderr, flush=True)
     z = {(name, p): load_file(folder / p / f"{name}.safetensors")["z"] for name, p in contenders}
-    truth, off = z["diffusers", args.precision[0]], {}
+    truth, off, ratios = z["diffusers", args.precision[0]], {}, {}
     print("| contender | precision | s per step | ratio | peak GB | ratio | GFLOP/s | matmul GFLOP/s | warm-up s "
           f"| off diffusers {args.precision[0]} |\n|{'---|' * 10}")
     for name, p in contenders:
         step, memory = (statistics.median(r[key] for r in results[name, p]) for key in ("step", "peak"))
         warm_up = max(r["warm_up"] for r in results[name, p])   # the first round's, of an empty cache
         base, base_memory = (statistics.median(r[key] for r in results["diffusers", p]) for key in ("step", "peak"))
+        ratios[name, p] = step / base, memory / base_memory
         off[name, p] = ((z[name, p] - truth).norm() / truth.norm()).item()
         print(f"| {name} | {p} | {step:.3f} | {step / base:.2f} | {memory:.2f} | {memory / base_memory:.2f} "
               f"| {flops / step / 1e9:.0f} | {peak[p]:.0f} | {warm_up:.1f} | {off[name, p]:.1e} |")
     print(f"{flops / 1e9:.0f} GFLOP a step, {args.steps} steps, {args.repeats} rounds, "
           f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    for name, p in contenders:
+        if name != "diffusers":
+            step, memory = ratios[name, p]
+            verdicts = [f"{what} {value:.2f} {'meets' if value <= most else 'MISSES'} {most}" for what, value, most in (
+                ("time", step, 0.65 if "compile" in name else 0.95), ("memory", memory, 1.0))]
+            print(f"{name}, {p}: {', '.join(verdicts)}")
     return all(off[name, p] <= max(1e-3, 1.5 * off["diffusers", p]) for name, p in contenders)
 
 

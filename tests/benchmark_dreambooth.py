@@ -3,9 +3,10 @@
     python tests/benchmark_dreambooth.py --people 20
 
 For each person, always from the weights of weights/tiny: nothing, DreamBooth with prior preservation, without it, LoRA.
-  identity   share of the person's ten attributes that FeatureNet reads off 8 pictures of "a photo of a sks person"
+  identity   share of the person's ten attributes that FeatureNet reads off 8 pictures of "a sks person"
   prompt     share of right scene attributes in pictures of 8 prompts, "a photo of a smiling sks person, red background"
-  class      different pairs of hair style and colour among --class-pictures of "a photo of a person", of 36
+  class      different pairs of hair style and colour, of 36, among --class-pictures of "a person"
+  of base    the same as a share of the base model's
   minutes    of training; the first one's are also those of the class pictures of the prior
 One line of JSON a person and method goes to --out; the same command goes on where it was stopped.
 """
@@ -26,13 +27,13 @@ from metrics import ToyJudge, bootstrap_ci, judged, make_pictures, shown, taught
 from train import DREAMBOOTH, TINY, pick_device, pick_precision, run  # noqa: E402
 from unet import StableDiffusion  # noqa: E402
 
-COLUMNS = ("identity", "prompt", "class", "minutes")
+COLUMNS = ("identity", "prompt", "class", "of base", "minutes")
 
 
 def fidelity(sd, judge, person, options):
     """-> identity and prompt of one person's pictures."""
     scenes = person.photos[9:]
-    texts = ["a photo of a sks person"] * 8 + [photo.prompt.replace("person", "sks person") for photo in scenes]
+    texts = ["a sks person"] * 8 + [photo.prompt.replace("person", "sks person") for photo in scenes]
     nothing_hidden = person.photos[0].labels | {"accessory": 0}
     x = make_pictures(sd, texts, options, options.seed)["x"]
     said = judged(judge, x, [nothing_hidden] * 8 + [photo.labels for photo in scenes], options.device)
@@ -41,7 +42,7 @@ def fidelity(sd, judge, person, options):
 
 def diversity(sd, judge, labels, options, count):
     """Different pairs of hair style and colour among `count` pictures of the class; the same noise for every model."""
-    x = make_pictures(sd, ["a photo of a person"] * count, options, options.seed)["x"]
+    x = make_pictures(sd, ["a person"] * count, options, options.seed)["x"]
     return len(judged(judge, x, [labels] * count, options.device)["probs"].argmax(1).unique())
 
 
@@ -67,8 +68,9 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     done = {(row["person"], row["method"]): row for row in done if row["settings"] == settings}
-    sd, judge, of_base = StableDiffusion.load(TINY, device), ToyJudge.load(TINY / "feature_net").to(device), None
+    sd, judge = StableDiffusion.load(TINY, device), ToyJudge.load(TINY / "feature_net").to(device)
     people = ToyFaces(100 + args.people, 17, sd.image_size, seed=2).people[100:]   # the first hundred are validation
+    of_base = diversity(sd, judge, people[0].photos[0].labels, options, args.class_pictures)   # the same for everybody
 
     for p, person in enumerate(people):
         x = torch.from_numpy(np.stack([np.asarray(photo.image).transpose(2, 0, 1) for photo in person.photos[:9]]))
@@ -78,17 +80,15 @@ def main():
             began = time.perf_counter()
             model = taught(sd, x, options, steps=args.steps, **change) if change else sd
             minutes = (time.perf_counter() - began) / 60 if change else None
-            if change or of_base is None:   # the base model's class is the same for everybody
-                pairs = diversity(model, judge, person.photos[0].labels, options, args.class_pictures)
-                of_base = of_base or pairs
+            pairs = diversity(model, judge, person.photos[0].labels, options, args.class_pictures) if change else of_base
             row = {"person": p, "method": method, **fidelity(model, judge, person, options),
-                   "class": pairs if change else of_base, "minutes": minutes, "settings": settings}
+                   "class": pairs, "of base": pairs / of_base, "minutes": minutes, "settings": settings}
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             done[p, method] = row
             print(f"{person.name}, {method}: " + ", ".join(f"{k} {shown(row[k])}" for k in COLUMNS), flush=True)
 
-    print(f"\n{len(people)} people, {settings}; in brackets: 95 % intervals over people\n\n"
+    print(f"\n{len(people)} people, {settings}, judge: {ToyJudge.name}; in brackets: 95 % intervals over people\n\n"
           f"| method | {' | '.join(COLUMNS)} |\n{'|---' * (1 + len(COLUMNS))}|")
     for method in methods:
         columns = [[done[p, method][k] for p in range(len(people))] for k in COLUMNS]

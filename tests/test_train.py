@@ -84,6 +84,17 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     assert weights(task).isfinite().all() and not (tmp_path / "linear.pt").exists()
 
 
+def test_half_precision_scales_the_loss_and_skips_a_step_that_overflows(tmp_path):
+    task, scales, weights_at = linear_task(), [], []
+    task.module.weight.register_hook(lambda grad: scales.append(grad.abs().max().item()) or (
+        grad * torch.inf if len(scales) == 5 else grad))
+    task.validate = lambda: weights_at.append(weights(task).clone()) or 0.5
+    rows = train.fit(task, tmp_path, 200, 16, 1e-1, options(precision="fp16", every=1))
+    assert min(scales[:4]) > 1000                             # of gradients around 1
+    assert torch.equal(weights_at[4], weights_at[5]) and not torch.equal(weights_at[5], weights_at[6])
+    assert rows[-1][1] < 0.3 * rows[1][1]
+
+
 def test_a_new_run_forgets_the_checkpoint_of_an_older_one(tmp_path):
     train.fit(linear_task(), tmp_path, 4, 4, 1e-2, options())
     with pytest.raises(ValueError, match="nan"):
@@ -195,6 +206,22 @@ def test_clip_sees_photos_as_they_are_in_training_as_in_sampling(tiny_folder, wo
     torch.testing.assert_close(features.embeds, sd.embed_images(originals), rtol=1e-4, atol=1e-5)
     cut = sd.embed_images([photo.image for person in people for photo in person.photos])
     assert (features.embeds - cut).abs().max() > 1e-3
+
+
+def test_the_loop_holds_no_encoder_and_checkpointing_reaches_the_unet(trained, tiny_folder, workdir, monkeypatch):
+    task, seen = train.adapter_task, []
+
+    def stop(*_):
+        sd, = seen
+        seen.append((sd.vae, sd.text_encoder, sd.image_encoder, sd.unet.gradient_checkpointing))
+        raise KeyboardInterrupt
+
+    (workdir / ".cache").symlink_to(trained / ".cache")
+    monkeypatch.setattr(train, "adapter_task", lambda name, sd, *rest: seen.append(sd) or task(name, sd, *rest))
+    monkeypatch.setattr(train, "fit", stop)
+    with pytest.raises(SystemExit):
+        program(monkeypatch, "--model", tiny_folder, *WORDS, "--checkpointing")
+    assert seen[1] == (None, None, None, True)
 
 
 def test_selfattn_starts_from_the_loss_of_average_pooling(trained, tiny_folder, monkeypatch):

@@ -328,7 +328,12 @@ def test_fp16_variant_is_read_and_preferred_only_for_half_precision(model, folde
     assert torch.equal(StableDiffusion.load(folder).unet.conv_in.weight, half.float())
 
 
-def test_bin_files_are_read_when_there_are_no_safetensors(model, folder):
+def test_bin_files_are_read_only_when_there_are_no_safetensors(model, folder):
+    for part in PARTS:
+        path = weights(folder, part)
+        name = "diffusion_pytorch_model.bin" if part in ("unet", "vae") else "pytorch_model.bin"
+        torch.save({key: x + 1 for key, x in load_file(path).items()}, path.with_name(name))
+    assert_same(StableDiffusion.load(folder), model)
     for part in PARTS:
         path = weights(folder, part)
         name = "diffusion_pytorch_model.bin" if part in ("unet", "vae") else "pytorch_model.bin"
@@ -440,6 +445,8 @@ def test_single_file_without_config_is_stable_diffusion_15(model, saved, tmp_pat
     save_file(single_file(model), tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match=r"small.safetensors: tensor .* but the config asks for"):
         StableDiffusion.load(tmp_path / "small.safetensors", config=saved / "tokenizer")
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)   # a tokenizer beside the file
+    assert_same(StableDiffusion.load(tmp_path / "small.safetensors"), model)
 
 
 @pytest.mark.parametrize("part, name", [
