@@ -18,7 +18,6 @@ identity and scene off a toy picture: the judge that stands in for Inception in 
 import hashlib
 import inspect
 import math
-import os
 import signal
 import sys
 import warnings
@@ -37,7 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 from aggregators import fit_references
-from unet import clip_view
+from unet import clip_view, write_whole
 
 # What a person is. The words are those of the captions.
 IDENTITY = {
@@ -342,10 +341,14 @@ def to_tensor(images):
     return images.float() / 127.5 - 1
 
 
+def to_bytes(x):
+    """(B, 3, H, W) in [−1, 1] -> the same as uint8, on the CPU."""
+    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def to_images(x):
     """(B, 3, H, W) in [−1, 1] -> list of RGB images."""
-    x = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-    return [Image.fromarray(i.numpy()) for i in x]
+    return [Image.fromarray(i.numpy()) for i in to_bytes(x).permute(0, 2, 3, 1)]
 
 
 def save_grid(path, rows, columns=(), captions=(), side=128):
@@ -369,16 +372,6 @@ def save_grid(path, rows, columns=(), captions=(), side=128):
 
 
 # --------------------------------------------------------------------------- computed once, kept on disk
-
-def write_whole(path, write):
-    """write(temporary path), then rename: the file is there whole or not at all."""
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
 
 def cached(compute, *key):
     """The tensors that compute() returns, from disk if they were computed under this key before."""

@@ -30,9 +30,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from data import PICTURES, digest, load_image, to_images, to_tensor, write_whole
+from data import PICTURES, digest, load_image, to_images, to_tensor
 from ddpm import at, q_sample
 from ip_adapter import generate
+from unet import write_whole
 
 
 def prompts(identifier, noun):

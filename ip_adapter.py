@@ -19,7 +19,6 @@ mid; even numbers are self-attentions). Ours add `aggregator.*`, if it has weigh
 """
 
 import copy
-import os
 
 import torch
 from safetensors import safe_open
@@ -28,6 +27,7 @@ from torch import nn
 
 from aggregators import make_aggregator
 from ddpm import guide, q_sample, sample
+from unet import write_whole
 
 
 class ImageProjection(nn.Module):
@@ -47,13 +47,6 @@ def text_attentions(unet):
     """The text cross-attentions of `unet` by their published number: {"1": …, "3": …}, down, up, mid."""
     layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
     return {str(2 * i + 1): layer for i, layer in enumerate(layers)}
-
-
-def detach(unet):
-    """Take the adapter off: `unet` is the text-to-image model again."""
-    for attn in text_attentions(unet).values():
-        vars(attn).pop("to_k_ip", None)
-        vars(attn).pop("to_v_ip", None)
 
 
 class IPAdapter(nn.Module):
@@ -107,13 +100,8 @@ class IPAdapter(nn.Module):
         metadata: more strings to keep in the file's header, beside the aggregator's name ("agg").
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        part = f"{path}.part"
-        try:
-            save_file(tensors, part, metadata={"format": "pt", **(metadata or {}), "agg": self.agg})
-            os.replace(part, path)
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
+        metadata = {"format": "pt", **(metadata or {}), "agg": self.agg}
+        write_whole(path, lambda part: save_file(tensors, part, metadata))
 
     @classmethod
     def load(cls, path, unet, agg=None):

@@ -41,12 +41,12 @@ from tqdm import tqdm
 
 from aggregators import fit_references
 from data import (IDENTITY, PICTURES, FeatureNet, ToyFaces, cached, digest, draw_face, fingerprint, load_image,
-                  open_all, save_grid, to_tensor, write_whole)
+                  open_all, save_grid, to_bytes, to_tensor)
 from dreambooth import class_images, latents, prompts
 from ip_adapter import IPAdapter, generate, read_adapter
 from train import (ADAPTER, DREAMBOOTH, TINY, autocast, fine_tune, label_tensors, pick_device, pick_precision,
                    round_trip, run)
-from unet import StableDiffusion
+from unet import StableDiffusion, write_whole
 
 EPS = np.finfo(np.float64).eps
 
@@ -404,7 +404,7 @@ def make_pictures(sd, texts, args, seed, adapter=None, embeds=None, lam=1.0):
                 e = embeds[i:i + args.batch].to(c_t)
                 c_i, null_c_i = adapter.tokens(e), adapter.tokens(torch.zeros_like(e[:1]))
             images = generate(sd, c_t[:-1], c_t[-1:], c_i, null_c_i, args.guidance, lam, args.steps, seed=seed + i)
-        made.append(((images.float().cpu() + 1) * 127.5).round().byte())
+        made.append(to_bytes(images))
     return {"x": torch.cat(made), "seconds": torch.tensor(time.perf_counter() - began)}
 
 

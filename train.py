@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from aggregators import AGGREGATORS
 from data import (ATTRIBUTES, IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, digest, fingerprint,
-                  leave_one_out, pixels, prompt_of, save_grid, split, to_tensor, traits_of, visible, write_whole)
+                  leave_one_out, pixels, prompt_of, save_grid, split, to_bytes, to_tensor, traits_of, visible)
 from dreambooth import (add_lora, check_identifier, class_images, encode_with_gradient, latents, photo_files,
                         prior_preservation_loss, prompts, save_lora)
 from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate
-from unet import AutoencoderKL, StableDiffusion, UNet
+from unet import AutoencoderKL, StableDiffusion, UNet, write_whole
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 ADAPTER = "ip_adapter/ip-adapter_tiny.safetensors"   # in TINY, beside the model
@@ -94,6 +94,11 @@ def fit(task, out, steps, batch, lr, args):
         lines = ["step,train,validation,seconds"] + [",".join(f"{v:.6g}" for v in row) for row in rows]
         write_whole(out / f"{task.name}.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
 
+    def check(name, value, step):
+        if not torch.isfinite(value):
+            raise ValueError(f"{task.name}: the {name} is {value.item()} at step {step}; {checkpoint} holds the last good "
+                             "state, if there is one. Start again with a smaller --lr or with --precision fp32")
+
     if first == 0:
         validate(0)
     bar = tqdm(range(first, steps), task.name, initial=first, total=steps, mininterval=1, smoothing=0.05)
@@ -106,16 +111,13 @@ def fit(task, out, steps, batch, lr, args):
             for _ in range(args.accumulate):
                 with autocast(args):
                     loss = task.loss(batch, generator) / args.accumulate
-                if not torch.isfinite(loss):
-                    raise ValueError(f"{task.name}: the loss is {loss.item()} at step {step}; {checkpoint} holds the last "
-                                     "good state, if there is one. Start again with a smaller --lr or with --precision fp32")
+                check("loss", loss, step)
                 scaler.scale(loss).backward()
                 window.append(loss.item() * args.accumulate)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not scaler.is_enabled() and not torch.isfinite(norm):   # with fp16 the scaler skips such a step itself
-                raise ValueError(f"{task.name}: the gradient is {norm.item()} at step {step}; {checkpoint} holds the last "
-                                 "good state, if there is one. Start again with a smaller --lr or with --precision fp32")
+            if not scaler.is_enabled():   # with fp16 the scaler skips such a step itself
+                check("gradient", norm, step)
             scaler.step(optimizer)
             scaler.update()
             if (step + 1) % args.every == 0 or step + 1 == steps:
@@ -530,8 +532,7 @@ def worn(images, generator):
 
 def round_trip(sd, x):
     """uint8 photos (B, 3, H, W) -> their VAE round trips, uint8."""
-    y = sd.decode_latents(sd.encode_latents(to_tensor(x).to(next(sd.vae.parameters()).device)))
-    return ((y.float().cpu() + 1) * 127.5).round().byte()
+    return to_bytes(sd.decode_latents(sd.encode_latents(to_tensor(x).to(next(sd.vae.parameters()).device))))
 
 
 def unet_task(sd, features, labels, held, device):

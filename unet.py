@@ -16,6 +16,7 @@ Attribute names are those of the published files in diffusers' layout, so loadin
 
 import json
 import math
+import os
 import pickle
 import re
 import sys
@@ -342,8 +343,7 @@ def read_tensors(path, prefix):
             file = safe_open(path, framework="pt")
             names, get = file.keys(), file.get_tensor
             if sys.platform == "linux":  # a mapping each, or one packed weight would keep the whole file in memory
-                def get(name):
-                    return safe_open(path, framework="pt").get_tensor(name)
+                get = lambda name: safe_open(path, framework="pt").get_tensor(name)  # noqa: E731
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             tensors = tensors.get("state_dict", tensors)
@@ -433,6 +433,16 @@ def make_schedule(config):
     power = 2 if config["beta_schedule"] == "scaled_linear" else 1
     ends = config["beta_start"] ** (1 / power), config["beta_end"] ** (1 / power)
     return Schedule(torch.linspace(*ends, config["num_train_timesteps"], dtype=torch.float64) ** power)
+
+
+def write_whole(path, write):
+    """write(temporary path), then rename: the file is there whole or not at all."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def like(x, module):

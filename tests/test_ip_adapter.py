@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from attention import attention
 from ddpm import Schedule, guide, q_sample, sample
 from ip_adapter import (
-    ImageProjection, IPAdapter, adapter_loss, detach, drop, drop_conditions, guided_eps, text_attentions,
+    ImageProjection, IPAdapter, adapter_loss, drop, drop_conditions, guided_eps, text_attentions,
 )  # fmt: skip
 from unet import UNet
 
@@ -52,6 +52,13 @@ def unet():
 @pytest.fixture
 def inputs():
     return dict(x_t=randn(B, 4, 8, 8), t=torch.tensor([3, 700]), c_t=randn(B, L, D, seed=1))
+
+
+def detach(unet):
+    """Take the adapter off: `unet` is the text-to-image model again."""
+    for attn in text_attentions(unet).values():
+        for name in ("to_k_ip", "to_v_ip"):
+            vars(attn).pop(name, None)
 
 
 def trained(unet, agg="none", seed=2):
@@ -127,7 +134,7 @@ def test_the_unet_is_frozen_and_everything_of_the_adapter_trains(unet, inputs):
     assert list(unet.state_dict()) == names, "the UNet borrows W'_k and W'_v, it does not own them"
 
 
-def test_attaching_replaces_the_adapter_and_detach_removes_it(unet, inputs):
+def test_attaching_replaces_the_adapter_and_nothing_of_the_unet(unet, inputs):
     first, embeds = trained(unet, seed=2), randn(B, N, E)
     c_i = first.tokens(embeds)
     with_first = unet(**inputs, c_i=c_i)
