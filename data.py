@@ -417,8 +417,6 @@ class Features:
     """
 
     def __init__(self, sd, people, key):
-        if sd.image_encoder is None:
-            raise ValueError("the model comes without an image encoder: name one with --image-encoder (h94/IP-Adapter)")
         photos = [photo for person in people for photo in person.photos]
         prompts = sorted({photo.prompt for photo in photos})
         device = next(sd.unet.parameters()).device
@@ -463,7 +461,10 @@ def digest(*networks, **settings):
 
 
 def fingerprint(sd):
-    """The digest of all that `Features` depend on of a model: its encoders (the VAE's decoder encodes nothing)."""
+    """The digest of all that `Features` depend on of a model: its encoders (the VAE's decoder encodes nothing).
+    ValueError if there is no image encoder."""
+    if sd.image_encoder is None:
+        raise ValueError("the model comes without an image encoder: name one with --image-encoder (h94/IP-Adapter)")
     return digest(sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder, sd.image_encoder, size=sd.image_size,
                   scale=sd.vae.config["scaling_factor"], preprocessor=sd.preprocessor)
 

@@ -274,6 +274,17 @@ def test_one_person_is_refused_before_any_photo_is_read(tiny_folder, photo_folde
     assert "only one person" in capsys.readouterr().err and not (workdir / ".cache").exists()
 
 
+def test_model_without_an_image_encoder_is_refused_before_any_photo_is_read(tiny_folder, workdir, monkeypatch, capsys):
+    shutil.copytree(tiny_folder, "model", ignore=shutil.ignore_patterns("image_encoder"))
+    monkeypatch.setattr(train, "dataset", None)
+    with pytest.raises(SystemExit) as stop:
+        program(monkeypatch, "--model", "model", *WORDS)
+    assert stop.value.code == 2 and "--image-encoder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        program(monkeypatch, "--model", tiny_folder, "--init", "nowhere.safetensors", *WORDS)
+    assert "nowhere.safetensors: no such adapter" in capsys.readouterr().err
+
+
 def test_unknown_aggregator_is_exit_2(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         program(monkeypatch, "--agg", "median")
