@@ -20,11 +20,11 @@ from PIL import ImageOps
 from torch import nn
 
 from aggregators import AGGREGATORS, fit_references
-from data import ToyFaces, digest, load_image, save_grid, to_tensor
+from data import ToyFaces, digest, load_image, save_grid, to_images, to_tensor
 from dreambooth import load_lora
 from ip_adapter import IPAdapter, generate, read_adapter
 from train import ADAPTER, TINY, beside, peak_memory, pick_device, pick_precision, run
-from unet import StableDiffusion, UNet, build, read_json
+from unet import StableDiffusion, UNet, build, read_json, write_whole
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,6 +86,15 @@ def freeze(unet):
     config.freezing = config.freezing_discard_parameters = True
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         block.forward = torch.compile(block.forward)
+
+
+def save_pictures(folder, images):
+    """(B, 3, H, W) in [−1, 1] -> folder/000.png, 001.png, … instead of those of an older run: for metrics.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9][0-9].png"):
+        old.unlink()
+    for k, image in enumerate(to_images(images)):
+        write_whole(folder / f"{k:03d}.png", lambda part: image.save(part, "PNG"))
 
 
 def now(device):
@@ -166,9 +175,11 @@ def main():
     shown = [to_tensor([ImageOps.fit(i, (images.shape[-1],) * 2)])[0] for i in references]
     rows = [shown[i:i + 9] for i in range(0, len(shown), 9)] + [list(images[i:i + 9]) for i in range(0, args.n, 9)]
     captions = ["references"] * bool(shown) + [""] * ((len(shown) - 1) // 9) + [prompt] + [""] * ((args.n - 1) // 9)
-    save_grid(args.out, rows, captions=captions)
+    save_grid(args.out, rows, captions=captions, side=min(max(images.shape[-1], 128), 256))
+    folder = args.out.parent / f"{args.out.stem}_pictures"
+    save_pictures(folder, images)
     print(f"{f'{path} ({adapter.agg})' if references else 'text only'}: \"{prompt}\", {args.n} pictures in "
-          f"{seconds:.1f} s\nwrote {args.out}")
+          f"{seconds:.1f} s\nwrote {args.out}, and each picture by itself to {folder}/")
     if args.benchmark:
         print(f"warm-up (the first step) {times[0] - began:.3f} s, then {np.median(np.diff(times)):.4f} s a step "
               f"(median), peak memory {peak_memory(device):.2f} GB, on {device} in {precision}")

@@ -161,9 +161,14 @@ def noised_loss(sd, z_0, c_t, c_i, generator):
     return adapter_loss(sd.unet, z_0, t.to(z_0.device), eps.to(z_0), c_t, c_i, sd.schedule)
 
 
+def validation_batch(z_0):
+    """64 latents of the tiny world, or as many numbers."""
+    return max(1, 64 * 16**2 // z_0[0, 0].numel())
+
+
 def fixed_validation(sd, held, tokens, device, photos=192):
     """() -> eq. 1 on people held out: the same targets, references, prompts, t and ε at every call."""
-    batch = max(1, 64 * 16**2 // held.z_0[0, 0].numel())   # 64 small latents, or as many numbers
+    batch = validation_batch(held.z_0)
     target, references = leave_one_out(held.groups, photos, torch.Generator().manual_seed(0))
 
     def validate():
@@ -274,8 +279,9 @@ def dreambooth_task(sd, module, texts, z_0, z_pr, args):
                                        args.prior_weight)
 
     def validate(draws=64):   # the first term alone: the same photos, t and ε at every call
-        shown, generator = z_0[torch.arange(draws) % len(z_0)], torch.Generator().manual_seed(1)
-        return noised_loss(sd, shown, encode()[0].expand(draws, -1, -1), None, generator).item()
+        shown, generator, c = z_0[torch.arange(draws) % len(z_0)], torch.Generator().manual_seed(1), encode()[0]
+        parts = shown.split(validation_batch(z_0))
+        return sum(noised_loss(sd, z, c.expand(len(z), -1, -1), None, generator).item() * len(z) for z in parts) / draws
 
     return Task("dreambooth", module, loss, validate)
 

@@ -38,6 +38,14 @@ def test_references_and_prompt_become_a_grid(monkeypatch, tiny_folder, workdir, 
     assert Image.open(workdir / "grid.png").width == 3 * 128
 
 
+def test_every_picture_is_kept_by_itself_and_none_of_an_older_run(monkeypatch, tiny_folder, workdir, refs):
+    words = ["--model", tiny_folder, "--adapter", tiny_folder / ADAPTER, "--refs", *refs, "--prompt", "a hat", "--steps", 1]
+    for n in (3, 2):
+        program(monkeypatch, *words, "--n", n, "--out", workdir / "a.png")
+    assert sorted(f.name for f in (workdir / "a_pictures").iterdir()) == ["000.png", "001.png"]
+    assert all(Image.open(f).size == (64, 64) for f in (workdir / "a_pictures").iterdir())
+
+
 def test_same_seed_same_picture(monkeypatch, tiny_folder, workdir, refs):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         program(monkeypatch, "--model", tiny_folder, "--refs", *refs, "--prompt", "hat", "--n", 1, "--steps", 2,
