@@ -598,23 +598,28 @@ def train_base(args):
     adapter.half().save(out / ADAPTER)
     print(f"wrote {out}")
     with torch.inference_mode(), autocast(args):
-        report(sd, judge.module, held_x[:512], held_labels[:512])
+        report(sd, judge.module, held_x, held_labels)
 
 
-def report(sd, judge, x, labels):
-    """What the judge reads off unseen photos, off their VAE round trips, and off pictures made from captions (the scene
-    and five traits): for every attribute the share that is right, of those that can be seen and, in captions, are named."""
+def report(sd, judge, x, labels, most=512):
+    """What the judge reads off unseen photos, off their VAE round trips, and off pictures made from `most` captions (the
+    scene and five traits): for every attribute the share that is right, of those that can be seen and, in captions, are
+    named."""
     device, rng, null_c_t = next(judge.parameters()).device, np.random.default_rng(0), sd.encode_prompts([""])
-    traits = [rng.permutation([k for k in visible(one) if k in IDENTITY])[:5] for one in labels]
+    traits = [rng.permutation([k for k in visible(one) if k in IDENTITY])[:5] for one in labels[:most]]
     captions = [prompt_of({k: one[k] for k in SCENE}, traits=traits_of({k: one[k] for k in some}))
                 for one, some in zip(labels, traits)]
-    trips = [to_tensor(round_trip(sd, part)) for part in x.split(64)]
-    made = [generate(sd, sd.encode_prompts(captions[i:i + 64]), null_c_t, steps=20, seed=i) for i in range(0, len(x), 64)]
+    trips = [round_trip(sd, part) for part in x.split(64)]
+    made = [generate(sd, sd.encode_prompts(captions[i:i + 64]), null_c_t, steps=20, seed=i)
+            for i in range(0, len(captions), 64)]
     classes, seen = label_tensors(labels)
     named = torch.tensor([[k in some or k in SCENE for k in judge.heads] for some in traits])
-    shares = [share_right(judge(pictures.float().to(device)), classes, asked) for pictures, asked in (
-        (to_tensor(x), seen), (torch.cat(trips), seen), (torch.cat(made), seen & named))]
-    print(f"{'attribute':12} photo  round trip  from text   ({len(x)} pictures, w = 4, 20 steps)")
+    shares = []
+    for pictures, asked in ((to_tensor(x), seen), (to_tensor(torch.cat(trips)), seen), (torch.cat(made), seen[:most] & named)):
+        said = [judge(part.float().to(device)) for part in pictures.split(64)]
+        said = {k: torch.cat([one[k] for one in said]) for k in judge.heads}
+        shares.append(share_right(said, classes[:len(pictures)], asked))
+    print(f"{'attribute':12} photo  round trip  from text   ({len(x)}, {len(x)} and {len(captions)} pictures, w = 4, 20 steps)")
     for name, *row in zip(judge.heads, *torch.stack(shares).tolist()):
         print(f"{name:12} {row[0]:.3f}  {row[1]:.3f}       {row[2]:.3f}")
 
