@@ -604,7 +604,7 @@ def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_n
         else:
             assert said == texts and seed == 2020 and b == pytest.approx(bias, abs=1e-4)
             torch.testing.assert_close(e, embeds, rtol=1e-4, atol=1e-4)
-    assert len(taught) == 3 and all(t[0] == ["a sks person", "a person"] and t[2:] == (2, bias, 1e-4) for t in taught)
+    assert len(taught) == 3 and all(t[0] == ["a sks person", "a person"] and t[2:] == (2, bias, 1e-3) for t in taught)
     for (_, z_0, *_), p in zip(taught, (0, 1, 1)):
         torch.testing.assert_close(z_0, sd.encode_latents(references[p]), rtol=0.05, atol=0.05)   # bfloat16, perhaps
     real, again = ([photo for person in people for photo in person.photos[i:i + 4]] for i in (9, 13))
