@@ -679,7 +679,7 @@ def main():
     parser.add_argument("--steps", type=int, help="optimiser steps (default: 400; dreambooth: 200; base: each stage's own)")
     parser.add_argument("--batch", type=int, help="pictures a step (default: 64; dreambooth: 8 photos and 8 of the class)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3, for the tiny model; DreamBooth of Stable Diffusion: 5e-6)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; DreamBooth of Stable Diffusion: 5e-6)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, far less memory")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints and validations")
     parser.add_argument("--seed", type=int, default=0, help="decides every random number")
