@@ -607,8 +607,8 @@ def report(args):
     if args.people < 2 or min(args.photos, args.seeds) < 1 or args.photos * args.seeds < 2:
         raise ValueError("at least two people (--people), and two pictures of each (--photos times --seeds)")
     controls = {"refs": ("avg",), "lam": (), "kinds": ("avg", "concat")}.get(args.sweep, ("max", "avg", "concat"))
+    files = trained_adapters(args, StableDiffusion.load(TINY).unet, "selfattn", *controls)
     exam, curves, shipped = Exam(args), {}, TINY / ADAPTER
-    files = trained_adapters(args, exam.sd.unet, "selfattn", *controls)
     methods = {"IP-Adapter": (shipped, "none"), "DreamBooth": None, "IP-Adapter + Max Pooling": (shipped, "max"),
                "IP-Adapter + Avg Pooling": (shipped, "avg"),
                "IP-Adapter + Self-Attention": (files["selfattn"], "selfattn"), "text only": (None, None),

@@ -342,7 +342,7 @@ def read_tensors(path, prefix):
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
             names, get = file.keys(), file.get_tensor
-            if sys.platform == "linux":  # a mapping each, or one packed weight would keep the whole file in memory
+            if sys.platform == "linux" and path.stat().st_size > 1e9:  # a mapping each: else one kept tensor keeps the file
                 get = lambda name: safe_open(path, framework="pt").get_tensor(name)  # noqa: E731
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
