@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ def program(monkeypatch, *words):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_pictures():
-    """Two steps a picture: here it counts only that there are pictures."""
+def quick():
+    """Two steps a picture and few photos a validation: here it counts only that there are some."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fixed_validation", partial(train.fixed_validation, photos=16))
         patch.setattr(train, "generate", lambda *args, **settings: ip_adapter.generate(*args, **{**settings, "steps": 2}))
         yield
 
