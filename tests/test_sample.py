@@ -209,9 +209,10 @@ def test_ddpm_noise_is_not_the_noise_that_a_picture_starts_from(tiny_folder, mon
 
 def test_image_encoder_beside_the_adapter_is_found(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "model")
-    (tmp_path / "models").mkdir()
-    (tmp_path / "model/image_encoder").rename(tmp_path / "models/image_encoder")   # as in h94/IP-Adapter
-    adapter = (tmp_path / "model" / sample.ADAPTER).rename(tmp_path / "models/ip-adapter.safetensors")
+    models = tmp_path / "far/models"   # as in h94/IP-Adapter, and not beside the checkpoint
+    models.mkdir(parents=True)
+    (tmp_path / "model/image_encoder").rename(models / "image_encoder")
+    adapter = (tmp_path / "model" / sample.ADAPTER).rename(models / "ip-adapter.safetensors")
     picture = tmp_path / "face.png"
     ToyFaces(1).people[0].photos[0].image.save(picture)
     words = ["--adapter", adapter, "--refs", picture, "--prompt", "a hat", "--n", 1, "--steps", 1]
