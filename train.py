@@ -602,26 +602,32 @@ def train_base(args):
 
 
 def report(sd, judge, x, labels, most=512):
-    """What the judge reads off unseen photos, off their VAE round trips, and off pictures made from `most` captions (the
-    scene and five traits): for every attribute the share that is right, of those that can be seen and, in captions, are
-    named."""
-    device, rng, null_c_t = next(judge.parameters()).device, np.random.default_rng(0), sd.encode_prompts([""])
+    """What the judge reads off unseen photos, off their VAE round trips, and off `most` pictures made from captions, of the
+    scene alone and of the scene and five traits: for every attribute the share that is right, of those that can be seen
+    and, in captions, are named."""
+    rng, null_c_t, (classes, seen) = np.random.default_rng(0), sd.encode_prompts([""]), label_tensors(labels)
     traits = [rng.permutation([k for k in visible(one) if k in IDENTITY])[:5] for one in labels[:most]]
-    captions = [prompt_of({k: one[k] for k in SCENE}, traits=traits_of({k: one[k] for k in some}))
-                for one, some in zip(labels, traits)]
-    trips = [round_trip(sd, part) for part in x.split(64)]
-    made = [generate(sd, sd.encode_prompts(captions[i:i + 64]), null_c_t, steps=20, seed=i)
-            for i in range(0, len(captions), 64)]
-    classes, seen = label_tensors(labels)
-    named = torch.tensor([[k in some or k in SCENE for k in judge.heads] for some in traits])
-    shares = []
-    for pictures, asked in ((to_tensor(x), seen), (to_tensor(torch.cat(trips)), seen), (torch.cat(made), seen[:most] & named)):
-        said = [judge(part.float().to(device)) for part in pictures.split(64)]
+
+    def of_pictures(parts, asked):
+        said = [judge(part.float().to(null_c_t.device)) for part in parts]
         said = {k: torch.cat([one[k] for one in said]) for k in judge.heads}
-        shares.append(share_right(said, classes[:len(pictures)], asked))
-    print(f"{'attribute':12} photo  round trip  from text   ({len(x)}, {len(x)} and {len(captions)} pictures, w = 4, 20 steps)")
-    for name, *row in zip(judge.heads, *torch.stack(shares).tolist()):
-        print(f"{name:12} {row[0]:.3f}  {row[1]:.3f}       {row[2]:.3f}")
+        return share_right(said, classes[:len(asked)], asked).tolist()
+
+    def of_captions(chosen):
+        captions = [prompt_of({k: one[k] for k in SCENE}, traits_of({k: one[k] for k in some}))
+                    for one, some in zip(labels, chosen)]
+        named = torch.tensor([[k in some or k in SCENE for k in judge.heads] for some in chosen])
+        made = (generate(sd, sd.encode_prompts(captions[i:i + 64]), null_c_t, steps=20, seed=i)
+                for i in range(0, len(captions), 64))
+        return of_pictures(made, seen[:most] & named)
+
+    rows = zip(judge.heads, of_pictures(map(to_tensor, x.split(64)), seen),
+               of_pictures((to_tensor(round_trip(sd, part)) for part in x.split(64)), seen),
+               of_captions([()] * len(traits)), of_captions(traits))
+    print(f"{'attribute':12} {'photo':6} {'trip':6} {'scene':6} traits   ({len(x)} photos and their VAE round trips, "
+          f"{len(traits)} pictures of the scene\n{'':41}in words, and as many of it and five traits; w = 4, 20 steps)")
+    for name, *row in rows:
+        print(f"{name:12} " + "  ".join("-   " if math.isnan(v) else f"{v:.3f}"[:5].ljust(5) for v in row))
 
 
 # --------------------------------------------------------------------------- command line
