@@ -421,8 +421,7 @@ class Features:
         prompts = sorted({photo.prompt for photo in photos})
         device = next(sd.unet.parameters()).device
         found = cached(lambda: self.compute(sd, photos, ["", *prompts], device), "features", key, fingerprint(sd),
-                       [(photo.name, photo.prompt) for photo in photos], 
-                       torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type))
+                       [(photo.name, photo.prompt) for photo in photos], running_precision(device))
         self.z_0, self.embeds, kept = found["z_0"], found["embeds"], found["readable"]
         self.null_c_t, self.c_t = found["c_t"][:1], found["c_t"][1:]
         if bad := [photo.name for photo, ok in zip(photos, kept) if not ok]:
@@ -458,6 +457,11 @@ def digest(*networks, **settings):
         found.update(f"{name} {w.dtype} {tuple(w.shape)}".encode())
         found.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
+
+
+def running_precision(device):
+    """The dtype of autocast, or False: numbers made with another one are other numbers."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
 
 
 def fingerprint(sd):

@@ -17,7 +17,6 @@ LoRA trains low-rank updates of the attention projections and nothing else. Its 
 `unet.<layer>.lora_A.weight` and `lora_B.weight`, with α/r multiplied into B, so that they read the same everywhere.
 """
 
-import hashlib
 import json
 import re
 import warnings
@@ -30,7 +29,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from data import PICTURES, digest, load_image, to_images, to_tensor
+from data import PICTURES, digest, load_image, running_precision, to_images, to_tensor
 from ddpm import at, q_sample
 from ip_adapter import generate
 from unet import write_whole
@@ -106,7 +105,8 @@ def class_images(sd, prompt, out, count, seed=0, w=4.0, steps=30, batch=8):
     `count` PNG files in out/class-<digest of model and settings>, made by `sd` as it is; those that are there are
     kept. Picture k starts from the noise of seed + k. w: guidance. Returns the files.
     """
-    key = hashlib.sha256(f"{prompt} {seed} {w} {steps} {digest(sd.unet, sd.text_encoder, sd.vae)}".encode()).hexdigest()
+    key = digest(sd.unet, sd.text_encoder, sd.vae, prompt=prompt, seed=seed, w=w, steps=steps,
+                 precision=running_precision(next(sd.unet.parameters()).device))
     files = [Path(out, f"class-{key[:8]}", f"{k:04d}.png") for k in range(count)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     missing = [k for k in range(count) if not files[k].exists()]

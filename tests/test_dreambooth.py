@@ -159,6 +159,9 @@ def test_only_missing_class_pictures_are_made_each_from_its_own_seed(tiny_folder
     assert [data.load_image(file).getpixel((0, 0))[0] for file in files] == [100, 101, 102, 103, 104, 105]
     made.clear()
     assert dreambooth.class_images(sd, "a person", tmp_path, 6, seed=100) == files and made == []
+    with torch.autocast("cpu", torch.bfloat16):   # other numbers
+        assert dreambooth.class_images(sd, "a person", tmp_path, 1, seed=100) != files[:1]
+    made.clear()
     sd.unet.conv_out.weight.data += 0.1       # another model: nothing of the old one's is taken
     assert dreambooth.class_images(sd, "a person", tmp_path, 1, seed=100) != files[:1] and made == [(100, 1)]
 
