@@ -624,8 +624,8 @@ def report(sd, judge, x, labels, most=512):
     rows = zip(judge.heads, of_pictures(map(to_tensor, x.split(64)), seen),
                of_pictures((to_tensor(round_trip(sd, part)) for part in x.split(64)), seen),
                of_captions([()] * len(traits)), of_captions(traits))
-    print(f"{'attribute':12} {'photo':6} {'trip':6} {'scene':6} traits   ({len(x)} photos and their VAE round trips, "
-          f"{len(traits)} pictures of the scene\n{'':41}in words, and as many of it and five traits; w = 4, 20 steps)")
+    print(f"{len(x)} photos, their VAE round trips, {len(traits)} pictures of a scene in words, as many of it and five traits "
+          f"(w = 4, 20 steps)\n{'attribute':12} photo  trip   scene  traits")
     for name, *row in rows:
         print(f"{name:12} " + "  ".join("-   " if math.isnan(v) else f"{v:.3f}"[:5].ljust(5) for v in row))
 
