@@ -295,12 +295,12 @@ def test_unknown_aggregator_is_exit_2(monkeypatch, capsys):
 
 def test_base_builds_a_folder_that_everything_opens(workdir, monkeypatch):
     monkeypatch.setattr(train, "BASE", {name: (1, 8, 1e-4) for name in train.BASE})
-    program(monkeypatch, "--method", "base", "--people", 6, "--out", "tiny")
+    program(monkeypatch, "--method", "base", "--people", 3, "--out", "tiny")
     sd = StableDiffusion.load(workdir / "tiny")
     IPAdapter.load(workdir / "tiny" / train.ADAPTER, sd.unet)
     assert data.FeatureNet.load(workdir / "tiny" / "feature_net")
     assert sum(f.stat().st_size for f in (workdir / "tiny").rglob("*")) < 20e6
-    z = sd.encode_latents(data.to_tensor(data.pixels(data.ToyFaces(6, seed=0))))
+    z = sd.encode_latents(data.to_tensor(data.pixels(data.ToyFaces(3, seed=0))))
     assert z.std().item() == pytest.approx(1, abs=0.05)
     ids = sd.tokenizer("a photo of a sks person").input_ids
     assert sd.tokenizer.convert_ids_to_tokens(ids)[5] == "sks</w>" and len(ids) == 8
