@@ -12,6 +12,7 @@ Self-attention was trained on nine references: of more, the first nine are used,
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,25 @@ def image_tokens(sd, adapter, images):
     return adapter.tokens(embeds), adapter.tokens(torch.zeros_like(embeds))
 
 
+PACKED = []   # for every packed layer: its operation, and what that wants after x
+
+
+@torch.library.custom_op("sample::packed", mutates_args=())
+def packed(x: torch.Tensor, number: int) -> torch.Tensor:
+    """The layer PACKED[number] of x; one operation to torch.compile, which cannot look into packed weights."""
+    operation, weight, bias, how = PACKED[number]
+    return operation(x, weight, bias, *how, "none", [], "")
+
+
+@packed.register_fake
+def _(x, number):
+    _, weight, _, how = PACKED[number]
+    if not how:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    h, w = (-(-side // how[1][0]) for side in x.shape[2:])   # how[1]: the stride; half, rounded up
+    return x.new_empty(len(x), weight.shape[0], h, w).to(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def pack(unet):
     """Bring weights into the order that the CPU's kernels read, once; PyTorch does it anew at every step.
@@ -66,26 +86,22 @@ def pack(unet):
     onednn, available = torch.ops.mkldnn, torch.backends.mkldnn.is_available()   # not on macOS
     for name, layer in unet.named_modules() if available else ():
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
-            how, run = (layer.padding, layer.stride, layer.dilation, layer.groups), onednn._convolution_pointwise
+            how, operation = (layer.padding, layer.stride, layer.dilation, layer.groups), onednn._convolution_pointwise
             weight = onednn._reorder_convolution_weight(layer.weight, *how, [])
         elif isinstance(layer, nn.Linear) and "proj_" not in name:   # Transformer2D.project reads those itself
-            how, run, weight = (), onednn._linear_pointwise, onednn._reorder_linear_weight(layer.weight)
+            how, operation, weight = (), onednn._linear_pointwise, onednn._reorder_linear_weight(layer.weight)
         else:
             continue
-
-        def forward(x, run=run, weight=weight, bias=layer.bias, how=how):
-            return run(x, weight, bias, *how, "none", [], "")
-
-        layer.forward, layer.weight = forward, None   # the old order is freed
+        PACKED.append((operation, weight, layer.bias, how))
+        layer.forward, layer.weight = partial(packed, number=len(PACKED) - 1), None   # the old order is freed
 
 
-def freeze(unet):
-    """Compile `unet` block by block with its weights as constants: folded, packed, and gone from the module."""
-    from torch._inductor import config
-
-    config.freezing = config.freezing_discard_parameters = True
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        block.forward = torch.compile(block.forward)
+def compile_blocks(unet):
+    """torch.compile, block by block: what lies between the packed layers becomes a few loops."""
+    blocks = *unet.down_blocks, unet.mid_block, *unet.up_blocks
+    torch._dynamo.config.recompile_limit = 2 * len(blocks)   # all are forms of one function; by default, 8 are allowed
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)   # or the second would share the first one's shapes
 
 
 def save_pictures(folder, images):
@@ -160,10 +176,10 @@ def main():
     c_t, null_c_t = sd.encode_prompts([prompt]).expand(args.n, -1, -1), sd.encode_prompts([args.negative])
     args.out.parent.mkdir(parents=True, exist_ok=True)   # before the work, not after it
     large = sum(p.numel() for p in sd.unet.parameters()) > 1e8   # a small one's weights stay in the caches
-    if args.compile:
-        freeze(sd.unet)
-    elif large and device.type == "cpu" and precision in ("fp32", pick_precision("auto", device)):
+    if large and device.type == "cpu" and precision in ("fp32", pick_precision("auto", device)):
         pack(sd.unet)
+    if args.compile:
+        compile_blocks(sd.unet)
     times = []   # at which each step ended
     if args.benchmark:
         sd.unet.register_forward_hook(lambda *_: times.append(now(device)))

@@ -123,8 +123,8 @@ def contend(name, folder, dtype, steps):
     if name == "diffusers":
         unet, sampler = diffusers_sampler(folder, dtype)
     else:
-        from sample import freeze, pack
-        unet, sampler = our_sampler(folder, dtype, freeze if "compile" in name else pack)
+        from sample import compile_blocks, pack
+        unet, sampler = our_sampler(folder, dtype, lambda unet: [pack(unet), "compile" in name and compile_blocks(unet)])
     start = time.perf_counter()
     sampler(2)
     times = [time.perf_counter()]
