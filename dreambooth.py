@@ -11,7 +11,8 @@ The paper's α_t and σ_t are √ᾱ_t and √(1−ᾱ_t). We choose w_t = ᾱ_t
 then the loss above is ‖ε − ε_θ‖², eq. 1 without image tokens (tested, values and gradients).
 
 Where the paper is silent: x and x_pr are VAE latents, as in eq. 1; a batch holds as many class pictures as
-photos, each with its own t and ε; class pictures are made with guidance 4 by the model as it was.
+photos, each with its own t and ε; class pictures are made by the model as it was, without guidance, as the formula says:
+they should be what the model itself thinks of the class, for guidance makes pictures alike, and sampling guides once more.
 
 LoRA trains low-rank updates of the attention projections and nothing else. Its files have diffusers' layout,
 `unet.<layer>.lora_A.weight` and `lora_B.weight`, with α/r multiplied into B, so that they read the same everywhere.
@@ -99,22 +100,22 @@ def prior_preservation_loss(unet, z_0, z_pr, t, eps, c, c_pr, schedule, lam=1.0)
     return loss + lam * x0_loss(eps_hat[n:], eps[n:], t[n:], schedule, w_t) if len(z_pr) else loss
 
 
-def class_images(sd, prompt, out, count, seed=0, w=4.0, steps=30, batch=8):
+def class_images(sd, prompt, out, count, seed=0, steps=30, batch=8):
     """x_pr = x̂(z, c_pr),   z ~ N(0, I)   (section 3.2)
 
     `count` PNG files in out/class-<digest of model and settings>, made by `sd` as it is; those that are there are
-    kept. Picture k starts from the noise of seed + k. w: guidance. Returns the files.
+    kept. Picture k starts from the noise of seed + k. Returns the files.
     """
-    key = digest(sd.unet, sd.text_encoder, sd.vae, prompt=prompt, seed=seed, w=w, steps=steps,
+    key = digest(sd.unet, sd.text_encoder, sd.vae, prompt=prompt, seed=seed, steps=steps,
                  precision=running_precision(next(sd.unet.parameters()).device))
     files = [Path(out, f"class-{key[:8]}", f"{k:04d}.png") for k in range(count)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     missing = [k for k in range(count) if not files[k].exists()]
-    c_pr, null_c_t = sd.encode_prompts([prompt, ""]).float().split(1)
+    c_pr = sd.encode_prompts([prompt]).float()
     with tqdm(total=len(missing), desc=f'pictures of "{prompt}"', disable=not missing) as bar:
         while missing:
             run = [k for i, k in enumerate(missing[:batch]) if k == missing[0] + i]   # successive: so are their seeds
-            images = generate(sd, c_pr.expand(len(run), -1, -1), null_c_t, w=w, steps=steps, seed=seed + run[0])
+            images = generate(sd, c_pr.expand(len(run), -1, -1), None, w=1, steps=steps, seed=seed + run[0])
             for k, image in zip(run, to_images(images)):
                 write_whole(files[k], lambda part: image.save(part, "PNG"))
             bar.update(len(run))

@@ -414,12 +414,15 @@ def taught(sd, x, args, **options):
         **vars(args), **DREAMBOOTH, "prior_weight": 1.0, "lora": None, "train_text_encoder": False,
         "checkpointing": False, "accumulate": 1, "every": 10**9, "resume": False, **options})
     person, texts = copy.copy(sd), prompts("sks", "person")
-    with autocast(args):   # the class pictures are made once and then kept
-        z_0 = sd.encode_latents(to_tensor(x).to(args.device)).float()
-        z_pr = latents(sd, class_images(sd, texts[1], Path(".cache"), 100, args.seed), None)
+    with autocast(args):   # as train.train_dreambooth; the class pictures are made once and then kept
+        generator = torch.Generator().manual_seed(args.seed)
+        z_0 = sd.encode_latents(to_tensor(x).to(args.device), generator).float()
+        z_pr = z_0[:0]
+        if options.prior_weight:
+            z_pr = latents(sd, class_images(sd, texts[1], Path(".cache"), options.class_images, args.seed), generator)
     person.unet = copy.deepcopy(sd.unet)
     with TemporaryDirectory() as out:
-        fine_tune(person, texts, z_0, z_pr if options.prior_weight else z_pr[:0], Path(out), options)
+        fine_tune(person, texts, z_0, z_pr, Path(out), options)
     return person
 
 

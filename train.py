@@ -146,6 +146,11 @@ class interruptible:
         signal.signal(signal.SIGINT, self.old)
 
 
+def is_large(unet):
+    """Whether this is Stable Diffusion's UNet (0.86·10⁹ numbers) rather than the tiny world's (0.004·10⁹)."""
+    return sum(p.numel() for p in unet.parameters()) > 1e8
+
+
 def autocast(args):
     """float32 as it is; bf16 and fp16 under autocast."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
@@ -217,11 +222,11 @@ def beside(adapter):
 def train_adapter(args):
     """The paper's section 3.5 (selfattn), and its controls: an adapter trained leave-one-out from --init."""
     out, device = args.out or Path("runs") / args.agg, args.device
-    steps, batch, lr, init = args.steps or 400, args.batch or 64, args.lr or 1e-3, args.init or Path(args.model) / ADAPTER
+    steps, batch, init = args.steps or 400, args.batch or 64, args.init or Path(args.model) / ADAPTER
     if not init.is_file():
         raise ValueError(f"{init}: no such adapter to start from; name one with --init (ip-adapter_sd15.safetensors)")
     sd = StableDiffusion.load(args.model, device, image_encoder=args.image_encoder or beside(init))
-    adapter = IPAdapter.load(init, sd.unet, agg=args.agg)
+    adapter, lr = IPAdapter.load(init, sd.unet, agg=args.agg), args.lr or (1e-4 if is_large(sd.unet) else 1e-3)
     args.base = f"{digest(sd.unet)} {fingerprint(sd)} {hashlib.sha256(init.read_bytes()).hexdigest()[:16]}"   # for --resume
     out.mkdir(parents=True, exist_ok=True)
     people, others = dataset(args, sd.image_size)
@@ -260,7 +265,8 @@ def picture(sd, adapter, held, path, args, people=6):
 
 # --------------------------------------------------------------------------- DreamBooth
 
-DREAMBOOTH = {"steps": 200, "batch": 8, "lr": 1e-3}   # for the tiny model, unless the command line says otherwise
+DREAMBOOTH = {"steps": 200, "batch": 8, "lr": 1e-3, "class_images": 200}   # unless the command line says otherwise,
+LARGE = {"steps": 800, "batch": 1}                                          # and for Stable Diffusion
 
 
 def dreambooth_task(sd, module, texts, z_0, z_pr, args):
@@ -299,7 +305,8 @@ def fine_tune(sd, texts, z_0, z_pr, out, args):
         module = nn.ModuleDict({"unet": sd.unet, **({"text_encoder": sd.text_encoder} if args.train_text_encoder else {})})
         module.requires_grad_(True)
     sd.unet.gradient_checkpointing = args.checkpointing
-    steps, batch, lr = (getattr(args, name) or default for name, default in DREAMBOOTH.items())
+    usual = DREAMBOOTH if not is_large(sd.unet) else {**LARGE, "lr": 5e-6 if args.lora is None else 1e-4}
+    steps, batch, lr = (getattr(args, name) or usual[name] for name in ("steps", "batch", "lr"))
     task = dreambooth_task(sd, module, texts, z_0, z_pr, args)
     idle = [part for part in (sd.vae, sd.image_encoder, None if args.train_text_encoder else sd.text_encoder) if part]
     for part in idle:   # their work is done: no room for them on a GPU
@@ -320,7 +327,8 @@ def train_dreambooth(args):
         raise ValueError("--lora takes a rank of at least 1, and trains the UNet only: without --train-text-encoder")
     out, files, texts = args.out or Path("runs/dreambooth"), photo_files(args.images), prompts(args.identifier, args.noun)
     sd, generator = StableDiffusion.load(args.model, args.device), torch.Generator().manual_seed(args.seed)
-    began, args.base = time.perf_counter(), digest(sd.unet, sd.text_encoder, sd.vae)   # for --resume
+    began, args.base = time.perf_counter(), digest(sd.unet, sd.text_encoder, sd.vae)   # for --resume, and the photos too:
+    args.photos = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     check_identifier(sd.tokenizer, args.identifier)
     with autocast(args):
         z_0 = latents(sd, files, generator)
@@ -669,6 +677,9 @@ def run(main):
         main()
     except KeyboardInterrupt as e:
         sys.exit(print(e, file=sys.stderr) or 130)
+    except torch.OutOfMemoryError as e:
+        sys.exit(print(f"error: {str(e).split('. ')[0]}: make or train fewer at once (--n, --batch), train with "
+                       "--checkpointing", file=sys.stderr) or 2)
     except (ValueError, OSError) as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
 
@@ -682,10 +693,13 @@ def main():
     parser.add_argument("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     parser.add_argument("--people", type=int, help="toy people to draw and train on (default: 800; base: 4000)")
     parser.add_argument("--init", type=Path, help="adapter file to start from (default: the one shipped in --model)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: 400; dreambooth: 200; base: each stage's own)")
-    parser.add_argument("--batch", type=int, help="pictures a step (default: 64; dreambooth: 8 photos and 8 of the class)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: 400; dreambooth: 200, of Stable Diffusion 800; "
+                        "base: each stage's own)")
+    parser.add_argument("--batch", type=int, help="pictures a step (default: 64; dreambooth: 8 photos and 8 of the class, of "
+                        "Stable Diffusion 1 and 1)")
     parser.add_argument("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; DreamBooth of Stable Diffusion: 5e-6)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-3; for Stable Diffusion 1e-4, or 5e-6 for "
+                        "DreamBooth without --lora)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: slower, far less memory")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints and validations")
     parser.add_argument("--seed", type=int, default=0, help="decides every random number")
@@ -698,7 +712,7 @@ def main():
     own.add_argument("--noun", help="the class: man, woman, person, dog, …")
     own.add_argument("--identifier", default="sks", help="rare word for the person")
     own.add_argument("--prior-weight", type=float, default=1.0, help="λ of the class term; 0 is plain fine-tuning")
-    own.add_argument("--class-images", type=int, default=100, help="class pictures the original model makes first")
+    own.add_argument("--class-images", type=int, default=DREAMBOOTH["class_images"], help="class pictures the original model makes first")
     own.add_argument("--train-text-encoder", action="store_true", help="train it too")
     own.add_argument("--lora", type=int, metavar="RANK", help="train only updates of this rank of the attention")
     args = parser.parse_args()

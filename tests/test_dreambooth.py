@@ -1,6 +1,8 @@
 """dreambooth.py: the loss of section 3.2 in both forms, class pictures, LoRA, and training from the command line."""
 
+import argparse
 import re
+import shutil
 import sys
 import warnings
 
@@ -144,7 +146,7 @@ def test_only_missing_class_pictures_are_made_each_from_its_own_seed(tiny_folder
     def generate(sd, c_t, null_c_t, w, steps, seed):
         made.append((seed, len(c_t)))
         torch.testing.assert_close(c_t, sd.encode_prompts(["a person"]).expand(len(c_t), -1, -1))
-        torch.testing.assert_close(null_c_t, sd.encode_prompts([""]))
+        assert w == 1 and null_c_t is None   # the model's own distribution: no guidance
         return torch.stack([torch.full((3, 4, 4), (seed + k) / 127.5 - 1) for k in range(len(c_t))])
 
     monkeypatch.setattr(dreambooth, "generate", generate)
@@ -304,6 +306,34 @@ def test_lora_run_leaves_a_file_that_merges(tiny_folder, photos, workdir, monkey
     before = sd.unet(*INPUT)
     dreambooth.load_lora("run/pytorch_lora_weights.safetensors", sd)
     assert not torch.allclose(sd.unet(*INPUT), before) and not (workdir / "run" / "unet").exists()
+
+
+def test_lora_resumes_exactly_but_not_with_other_photos(tiny_folder, photos, workdir, monkeypatch, capsys, few_steps):
+    words = ["--model", tiny_folder, "--images", shutil.copytree(photos, "mine"), "--lora", 2, *WORDS, "--steps", 2]
+    program(monkeypatch, *words)
+    whole = load_file("run/pytorch_lora_weights.safetensors")
+    interrupted, real = iter([True]), train.interruptible.__enter__
+    monkeypatch.setattr(train.interruptible, "__enter__", lambda self: (real(self), lambda: next(interrupted, False))[1])
+    with pytest.raises(SystemExit):
+        program(monkeypatch, *words)
+    program(monkeypatch, *words, "--resume")
+    again = load_file("run/pytorch_lora_weights.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    (workdir / "mine" / "0.jpg").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        program(monkeypatch, *words, "--resume")
+    assert stopped.value.code == 2 and "--photos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora, expected", [(None, (800, 1, 5e-6)), (4, (800, 1, 1e-4))])
+def test_stable_diffusion_has_defaults_of_its_own(tiny_folder, lora, expected, monkeypatch):
+    said = []
+    monkeypatch.setattr(train, "is_large", lambda unet: True)
+    monkeypatch.setattr(train, "fit", lambda task, out, steps, batch, lr, args: said.append((steps, batch, lr)))
+    args = argparse.Namespace(steps=None, batch=None, lr=None, lora=lora, train_text_encoder=False, checkpointing=False,
+                              seed=0, device=torch.device("cpu"))
+    train.fine_tune(StableDiffusion.load(tiny_folder), ["a sks man", "a man"], torch.zeros(1, 4, 16, 16), [], None, args)
+    assert said == [expected]
 
 
 def test_one_photo_without_prior_makes_no_class_pictures(tiny_folder, photos, workdir, monkeypatch, few_steps):

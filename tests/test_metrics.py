@@ -606,7 +606,8 @@ def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_n
             torch.testing.assert_close(e, embeds, rtol=1e-4, atol=1e-4)
     assert len(taught) == 3 and all(t[0] == ["a sks person", "a person"] and t[2:] == (2, bias, 1e-3) for t in taught)
     for (_, z_0, *_), p in zip(taught, (0, 1, 1)):
-        torch.testing.assert_close(z_0, sd.encode_latents(references[p]), rtol=0.05, atol=0.05)   # bfloat16, perhaps
+        expected = sd.encode_latents(references[p], torch.Generator().manual_seed(2020))
+        torch.testing.assert_close(z_0, expected, rtol=0.05, atol=0.05)   # bfloat16, perhaps
     real, again = ([photo for person in people for photo in person.photos[i:i + 4]] for i in (9, 13))
     for (x, labels), row in zip(scored[::-1], (again, real, *[shots] * 9)):
         assert labels == [photo.labels for photo in row]
