@@ -282,6 +282,8 @@ def load_image(path, size=None):
     try:
         with Image.open(path) as img:
             img = ImageOps.exif_transpose(img)
+            if img.mode.startswith("I"):   # 16 bits of grey, which Pillow would cut off at 255
+                img = img.point(lambda v: v / 256).convert("L")
             if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
                 img = img.convert("RGBA")
                 img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)

@@ -203,14 +203,15 @@ def guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w=7.5, lam=1.0):
 
     Both terms are one batch of 2B; w = 1 needs and computes only the first. c_t (B, L, D), c_i (B, M, D)
     or None; null_c_t: the empty or negative prompt, null_c_i: `tokens` of zeroed embeddings, both for 1 or B rows.
+    The UNet works in the precision of c_t, everything after it in that of x_t: w multiplies rounding errors too.
     """
     if w == 1:
-        return lambda x_t, t: unet(x_t, t, c_t, c_i, lam)
+        return lambda x_t, t: unet(x_t.to(c_t.dtype), t, c_t, c_i, lam).to(x_t.dtype)
     text = torch.cat([c_t, null_c_t.expand_as(c_t)])
     image = None if c_i is None else torch.cat([c_i, null_c_i.expand_as(c_i)])
 
     def eps_fn(x_t, t):
-        eps_cond, eps_uncond = unet(torch.cat([x_t, x_t]), t, text, image, lam).chunk(2)
+        eps_cond, eps_uncond = unet(torch.cat([x_t, x_t]).to(text.dtype), t, text, image, lam).to(x_t.dtype).chunk(2)
         return guide(eps_cond, eps_uncond, w)
 
     return eps_fn
@@ -227,10 +228,6 @@ def generate(sd, c_t, null_c_t, c_i=None, null_c_i=None, w=4.0, lam=1.0, steps=3
     unet, side = sd.unet, sd.unet.config["sample_size"]
     x_T = torch.cat([torch.randn(1, unet.config["in_channels"], side, side, generator=torch.Generator().manual_seed(seed + k))
                      for k in range(len(c_t))])
-    predict = guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w, lam)
-
-    def eps_fn(x_t, t):   # the sampler stays in float32, whatever the weights are
-        return predict(x_t.to(c_t.dtype), t).float()
-
+    eps_fn = guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w, lam)
     generator = torch.Generator(c_t.device).manual_seed(seed + 2**31)   # no x_T's: ε is independent
     return sd.decode_latents(sample(eps_fn, x_T.to(c_t.device), sd.schedule, steps, sampler, generator, progress))

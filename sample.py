@@ -24,7 +24,7 @@ from aggregators import AGGREGATORS, fit_references
 from data import ToyFaces, digest, load_image, save_grid, to_images, to_tensor
 from dreambooth import load_lora
 from ip_adapter import IPAdapter, generate, read_adapter
-from train import ADAPTER, TINY, beside, peak_memory, pick_device, pick_precision, run
+from train import ADAPTER, TINY, beside, is_large, peak_memory, pick_device, pick_precision, run
 from unet import StableDiffusion, UNet, build, read_json, write_whole
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +58,7 @@ def image_tokens(sd, adapter, images):
     return adapter.tokens(embeds), adapter.tokens(torch.zeros_like(embeds))
 
 
-PACKED = []   # for every packed layer: its operation, and what that wants after x
+PACKED = []   # for every packed layer its operation and what that wants after x; here until the program ends
 
 
 @torch.library.custom_op("sample::packed", mutates_args=())
@@ -104,6 +104,14 @@ def compile_blocks(unet):
         block.forward = torch.compile(block.forward, dynamic=False)   # or the second would share the first one's shapes
 
 
+def prepare(unet, device, precision, compiled=False):
+    """What is done to a UNet once, so that every step is faster. compiled: --compile."""
+    if is_large(unet) and device.type == "cpu" and precision in ("fp32", pick_precision("auto", device)):
+        pack(unet)   # a small one's weights stay in the caches
+    if compiled:
+        compile_blocks(unet)
+
+
 def save_pictures(folder, images):
     """(B, 3, H, W) in [−1, 1] -> folder/000.png, 001.png, … instead of those of an older run: for metrics.py."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +146,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="decides every random number; picture k uses seed + k")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the weights")
-    parser.add_argument("--compile", action="store_true", help="compile the UNet first: minutes, then faster steps")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet first: a minute and, on CPUs, a C++ compiler")
     parser.add_argument("--benchmark", action="store_true", help="print warm-up, seconds a step and peak memory in GB")
     parser.add_argument("--out", type=Path, default=Path("runs/sample.png"), help="picture to write")
     args = parser.parse_args()
@@ -152,17 +160,22 @@ def main():
     precision = pick_precision(args.precision, device)
 
     path, references, prompt = find_adapter(args.model, args.adapter), [], args.prompt
-    sd = StableDiffusion.load(args.model, device, DTYPE[precision], args.image_encoder or path and beside(path))
+    dtype = torch.float32 if args.lora else DTYPE[precision]
+    sd = StableDiffusion.load(args.model, device, dtype, args.image_encoder or path and beside(path))
+    if args.lora:   # merged in float32: in half precision small updates would round away
+        load_lora(args.lora, sd)
+        for network in filter(None, (sd.unet, sd.vae, sd.text_encoder, sd.image_encoder)):
+            network.to(DTYPE[precision])
     if device.type == "cuda":   # as its convolutions like it; on CPUs `pack` brings weights into their order
         for network in (sd.unet, sd.vae):
             network.to(memory_format=torch.channels_last)
-    if args.lora:
-        load_lora(args.lora, sd)
     if args.refs:
         references = [load_image(p) for p in args.refs]
     elif path and Path(args.model).resolve() == TINY.resolve() and not args.lora:
         references, scene = unseen_person(args.seed, sd.image_size)
         prompt = prompt or scene
+    if (args.adapter or args.agg) and not references:
+        raise ValueError("--adapter and --agg are for reference photos: name some with --refs")
     if prompt is None:
         raise ValueError("no prompt: say what to show with --prompt")
     if references and path is None:
@@ -175,15 +188,10 @@ def main():
         c_i = c_i.expand(args.n, -1, -1)
     c_t, null_c_t = sd.encode_prompts([prompt]).expand(args.n, -1, -1), sd.encode_prompts([args.negative])
     args.out.parent.mkdir(parents=True, exist_ok=True)   # before the work, not after it
-    large = sum(p.numel() for p in sd.unet.parameters()) > 1e8   # a small one's weights stay in the caches
-    if large and device.type == "cpu" and precision in ("fp32", pick_precision("auto", device)):
-        pack(sd.unet)
-    if args.compile:
-        compile_blocks(sd.unet)
-    times = []   # at which each step ended
+    began, times = now(device), []   # at which each step ended
+    prepare(sd.unet, device, precision, args.compile)
     if args.benchmark:
         sd.unet.register_forward_hook(lambda *_: times.append(now(device)))
-    began = now(device)
     images = generate(sd, c_t, null_c_t, c_i, null_c_i, args.guidance, args.lam, args.steps, args.sampler, args.seed,
                       progress=True)
     seconds = now(device) - began
@@ -197,7 +205,7 @@ def main():
     print(f"{f'{path} ({adapter.agg})' if references else 'text only'}: \"{prompt}\", {args.n} pictures in "
           f"{seconds:.1f} s\nwrote {args.out}, and each picture by itself to {folder}/")
     if args.benchmark:
-        print(f"warm-up (the first step) {times[0] - began:.3f} s, then {np.median(np.diff(times)):.4f} s a step "
+        print(f"warm-up (to the end of the first step) {times[0] - began:.3f} s, then {np.median(np.diff(times)):.4f} s a step "
               f"(median), peak memory {peak_memory(device):.2f} GB, on {device} in {precision}")
 
 

@@ -403,7 +403,7 @@ def locate(path, parts, dtype):
         raise FileNotFoundError(f"{path}: no such file or folder")
     try:
         for pattern in weight_patterns(dtype):
-            wanted = ["*.json", "*.txt"] + [f"{part}/{pattern}" for part in parts]
+            wanted = ["*.json", "*.txt"] + [f"{part}/{pattern}" for part in [*parts, *["image_encoder"] * bool(parts)]]
             folder = Path(snapshot_download(str(path), allow_patterns=wanted))
             if all(any(folder.glob(f"{part}/{pattern}")) for part in parts):
                 break

@@ -8,7 +8,7 @@
 
 One picture of 256 × 256 pixels, DDIM with guidance (two branches), text embeddings given, no VAE. Each contender runs
 in a process of its own, so the peak of resident memory (mapped weights included) is its own; they take turns, and the
-medians over the rounds are printed. A short run warms up first; compiling is part of that. --tiny tries it all quickly.
+medians over the rounds are printed. Loading, packing, compiling and a short run are the warm-up. --tiny tries it all quickly.
 """
 
 import argparse
@@ -107,12 +107,13 @@ def diffusers_sampler(folder, dtype):
         num_inference_steps=steps, output_type="latent").images
 
 
-def our_sampler(folder, dtype, prepare):
+def our_sampler(folder, dtype, compiled):
     """What sample.py does: load, prepare the UNet, generate; but for the VAE."""
     from ip_adapter import generate
+    from sample import prepare
 
     unet = build(UNet, read_json(folder / "unet/config.json"), folder / "unet", dtype=dtype)
-    prepare(unet)
+    prepare(unet, torch.device("cpu"), {dtype: name for name, dtype in DTYPE.items()}[dtype], compiled)
     sd = SimpleNamespace(unet=unet, schedule=Schedule.stable_diffusion(), decode_latents=lambda z: z)
     c_t, null_c_t = inputs(unet.config, dtype)
     return unet, lambda steps: generate(sd, c_t, null_c_t, w=7.5, steps=steps, sampler="ddim")
@@ -120,12 +121,11 @@ def our_sampler(folder, dtype, prepare):
 
 def contend(name, folder, dtype, steps):
     """Run in its own process: print what was measured and keep the latents."""
+    start = time.perf_counter()
     if name == "diffusers":
         unet, sampler = diffusers_sampler(folder, dtype)
     else:
-        from sample import compile_blocks, pack
-        unet, sampler = our_sampler(folder, dtype, lambda unet: [pack(unet), "compile" in name and compile_blocks(unet)])
-    start = time.perf_counter()
+        unet, sampler = our_sampler(folder, dtype, "compile" in name)
     sampler(2)
     times = [time.perf_counter()]
     unet.register_forward_hook(lambda *_: times.append(time.perf_counter()))

@@ -109,6 +109,8 @@ def test_pictures_of_any_mode_become_upright_rgb(tmp_path):
     assert load_image(tmp_path / "clear.png").getpixel((3, 3)) == (255, 255, 255)
     Image.new("L", (40, 20), 77).save(tmp_path / "grey.png")
     assert load_image(tmp_path / "grey.png", 16).getpixel((3, 3)) == (77, 77, 77)
+    Image.fromarray(np.full((20, 40), 77 * 256, np.uint16)).save(tmp_path / "deep.png")   # 16 bits
+    assert load_image(tmp_path / "deep.png").getpixel((3, 3)) == (77, 77, 77)
     Image.new("CMYK", (40, 20)).save(tmp_path / "print.jpg")
     assert load_image(tmp_path / "print.jpg").mode == "RGB"
     exif = Image.Exif()

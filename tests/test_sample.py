@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 import ip_adapter
 import sample
 from data import ToyFaces, digest
+from dreambooth import add_lora, load_lora, save_lora
 from ip_adapter import IPAdapter
 from train import ADAPTER, peak_memory, run
 from unet import StableDiffusion, UNet
@@ -70,6 +72,39 @@ def test_picture_k_does_not_depend_on_how_many_are_made(tiny_folder):
     torch.testing.assert_close(many[2:], one, rtol=1e-4, atol=1e-4)
 
 
+def test_encoders_run_once_and_the_unet_once_a_step_on_both_branches(monkeypatch, tiny_folder, workdir, refs):
+    calls, load = [], StableDiffusion.load
+
+    def counting(*args):
+        sd = load(*args)
+        for name in ("text_encoder", "image_encoder", "unet"):
+            getattr(sd, name).register_forward_hook(
+                lambda _, args, out, name=name: calls.append(name if name != "unet" else len(args[0])))
+        return sd
+
+    monkeypatch.setattr(StableDiffusion, "load", counting)
+    program(monkeypatch, "--model", tiny_folder, "--adapter", tiny_folder / ADAPTER, "--refs", *refs, "--prompt", "a hat",
+            "--n", 2, "--steps", 3)
+    assert calls.count("text_encoder") == 2 and calls.count("image_encoder") == 1   # the prompt, and the empty one
+    assert [n for n in calls if isinstance(n, int)] == [4, 4, 4]
+
+
+def test_lora_is_merged_before_sampling(monkeypatch, tiny_folder, workdir):
+    sd = StableDiffusion.load(tiny_folder)
+    for low in add_lora(sd.unet, 2, generator=torch.Generator().manual_seed(0)):
+        torch.nn.init.normal_(low.B, std=0.1, generator=torch.Generator().manual_seed(1))
+    save_lora(sd.unet, "lora.safetensors")
+    merged = StableDiffusion.load(tiny_folder)
+    load_lora("lora.safetensors", merged)
+    merged.save("merged", torch.float32)
+    words = ["--prompt", "a hat", "--n", 1, "--steps", 2, "--precision", "fp32", "--out"]
+    program(monkeypatch, "--model", tiny_folder, "--lora", "lora.safetensors", *words, "lora.png")
+    program(monkeypatch, "--model", "merged", *words, "merged.png")
+    program(monkeypatch, "--model", tiny_folder, *words, "plain.png")
+    lora, whole, plain = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("lora", "merged", "plain"))
+    assert abs(lora - whole).max() <= 1 < abs(lora - plain).max()
+
+
 def test_selfattn_reads_nine_references_whatever_is_given(tiny_folder):
     sd = StableDiffusion.load(tiny_folder)
     images = [photo.image for photo in ToyFaces(1, photos=12).people[0].photos]
@@ -91,6 +126,8 @@ def test_selfattn_reads_nine_references_whatever_is_given(tiny_folder):
     (["--device", "tpu", "--prompt", "x"], "tpu"),
     (["--prompt", "x", "--out", "REF/picture.png"], "REF"),
     ([], "--prompt"),
+    (["--adapter", "any.safetensors", "--prompt", "x"], "--refs"),
+    (["--agg", "avg", "--prompt", "x"], "--refs"),
 ])
 def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, workdir, refs, words, says):
     words = ["--model", str(tiny_folder)] * ("--model" not in words) + [w.replace("REF", str(refs[0])) for w in words]
@@ -140,6 +177,18 @@ def test_packed_weights_predict_the_same_noise(tiny_folder, dtype, tolerance):
         assert unet.conv_in.weight is None
         assert unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q.weight is None
         assert (unet(*inputs) - expected).norm() <= tolerance * expected.norm() < (text_only - expected).norm()
+
+
+def test_large_unets_are_packed_by_the_program(tiny_folder, workdir, monkeypatch):
+    packed, pack = [], sample.pack
+    monkeypatch.setattr(sample, "pack", lambda unet: packed.append(unet) or pack(unet))
+    words = ["--model", tiny_folder, "--prompt", "a hat", "--n", 1, "--steps", 2, "--precision", "fp32", "--out"]
+    for large in (False, True):
+        monkeypatch.setattr(sample, "is_large", lambda unet: large)
+        program(monkeypatch, *words, f"{large}.png")
+        assert len(packed) == large
+    plain, fast = (np.asarray(Image.open(f"{large}.png")).astype(int) for large in (False, True))
+    assert abs(plain - fast).max() <= 2
 
 
 @pytest.mark.slow

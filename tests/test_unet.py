@@ -1,5 +1,6 @@
 """unet.py: parity of the UNet and the VAE with diffusers; loading and saving checkpoints of every published kind."""
 
+import fnmatch
 import json
 import pickle
 import shutil
@@ -507,6 +508,18 @@ def test_hub_ids_come_from_the_cache_when_offline(model, saved, tmp_path, monkey
     (cached / "image_encoder").rename(encoder)
     assert StableDiffusion.load("someone/model").image_encoder is None
     assert_same(StableDiffusion.load("someone/model", image_encoder="h94/IP-Adapter"), model)
+
+
+def test_hub_downloads_whole_parts_and_the_image_encoder_if_there_is_one(model, saved, tmp_path, monkeypatch):
+    def download(repo, allow_patterns):
+        for file in (f for f in saved.rglob("*") if f.is_file()):
+            if any(fnmatch.fnmatch(name := str(file.relative_to(saved)), pattern) for pattern in allow_patterns):
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+    assert_same(StableDiffusion.load("someone/model"), model)
 
 
 @pytest.mark.parametrize("place", ["../image_encoder", "../IP-Adapter/models/image_encoder"])
