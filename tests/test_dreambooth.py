@@ -300,6 +300,26 @@ def test_full_fine_tune_trains_what_it_says_resumes_exactly_and_leaves_a_checkpo
         assert all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
+def test_diffusers_opens_a_fine_tune(tiny_folder, photos, workdir, monkeypatch, few_steps):
+    diffusers = pytest.importorskip("diffusers")
+    program(monkeypatch, "--model", tiny_folder, "--images", photos, *WORDS, "--steps", 1)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained("run", safety_checker=None)
+    sd, (x_t, t, c_t) = StableDiffusion.load("run"), INPUT
+    torch.testing.assert_close(pipe.unet.float()(x_t, t, c_t).sample, sd.unet(x_t, t, c_t), rtol=1e-4, atol=1e-4)
+    assert pipe.tokenizer("a photo of a sks person").input_ids == sd.tokenizer("a photo of a sks person").input_ids
+
+
+def test_validation_pictures_are_the_person_the_class_and_scenes(tiny_folder, photos, workdir, monkeypatch, few_steps):
+    prompts, grids, encode = [], [], StableDiffusion.encode_prompts
+    monkeypatch.setattr(StableDiffusion, "encode_prompts", lambda sd, texts: prompts.append(texts) or encode(sd, texts))
+    monkeypatch.setattr(train, "save_grid", lambda path, rows, columns: grids.append((len(rows), columns)))
+    program(monkeypatch, "--model", tiny_folder, "--images", photos, "--identifier", "zwx", *WORDS, "--steps", 1)
+    assert grids == [(4, ["identity", "class", "hat", "sunglasses"])]
+    person, others, hat, sunglasses, empty = prompts[-1]
+    assert (person, others, empty) == ("a photo of a zwx person", "a photo of a person", "")
+    assert "zwx person wearing a hat" in hat and "zwx person wearing sunglasses" in sunglasses
+
+
 def test_lora_run_leaves_a_file_that_merges(tiny_folder, photos, workdir, monkeypatch, few_steps):
     program(monkeypatch, "--model", tiny_folder, "--images", photos, "--lora", 2, "--steps", 2, *WORDS)
     sd = StableDiffusion.load(tiny_folder)
