@@ -320,18 +320,14 @@ def test_validation_pictures_are_the_person_the_class_and_scenes(tiny_folder, ph
     assert "zwx person wearing a hat" in hat and "zwx person wearing sunglasses" in sunglasses
 
 
-def test_lora_run_leaves_a_file_that_merges(tiny_folder, photos, workdir, monkeypatch, few_steps):
-    program(monkeypatch, "--model", tiny_folder, "--images", photos, "--lora", 2, "--steps", 2, *WORDS)
-    sd = StableDiffusion.load(tiny_folder)
+def test_lora_run_leaves_a_file_that_merges_and_resumes_exactly_but_not_with_other_photos(
+        tiny_folder, photos, workdir, monkeypatch, capsys, few_steps):
+    words = ["--model", tiny_folder, "--images", shutil.copytree(photos, "mine"), "--lora", 2, *WORDS, "--steps", 2]
+    program(monkeypatch, *words)
+    whole, sd = load_file("run/pytorch_lora_weights.safetensors"), StableDiffusion.load(tiny_folder)
     before = sd.unet(*INPUT)
     dreambooth.load_lora("run/pytorch_lora_weights.safetensors", sd)
     assert not torch.allclose(sd.unet(*INPUT), before) and not (workdir / "run" / "unet").exists()
-
-
-def test_lora_resumes_exactly_but_not_with_other_photos(tiny_folder, photos, workdir, monkeypatch, capsys, few_steps):
-    words = ["--model", tiny_folder, "--images", shutil.copytree(photos, "mine"), "--lora", 2, *WORDS, "--steps", 2]
-    program(monkeypatch, *words)
-    whole = load_file("run/pytorch_lora_weights.safetensors")
     interrupted, real = iter([True]), train.interruptible.__enter__
     monkeypatch.setattr(train.interruptible, "__enter__", lambda self: (real(self), lambda: next(interrupted, False))[1])
     with pytest.raises(SystemExit):
