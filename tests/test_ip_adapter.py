@@ -224,6 +224,19 @@ def test_eq11_guided_eps_is_one_batch_of_both_branches(unet, inputs):
     close(guided_eps(unet, c_t, None, null_c_t, None, w=5.0)(x_t, 700), text_only, 1e-11)
 
 
+def test_eq11_guides_in_the_precision_of_x_t_not_in_the_unets():
+    cond, uncond = (randn(B, 4, 8, 8, seed=seed).bfloat16() for seed in (1, 2))
+    x_t, c_t = randn(B, 4, 8, 8).float(), randn(B, L, D).bfloat16()
+
+    def unet(x_t, *_):
+        assert x_t.dtype == torch.bfloat16
+        return torch.cat([cond, uncond])[:len(x_t)]
+
+    for w in (1, 7.5):
+        eps_hat = guided_eps(unet, c_t, None, c_t[:1], None, w)(x_t, 5)
+        assert torch.equal(eps_hat, guide(cond.float(), uncond.float(), w))
+
+
 def test_guided_eps_drives_every_sampler(unet, inputs):
     adapter = trained(unet)
     c_i, null = adapter.tokens(randn(B, N, E)), adapter.tokens(torch.zeros(B, N, E, dtype=torch.float64))

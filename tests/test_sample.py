@@ -104,6 +104,12 @@ def test_lora_is_merged_before_sampling(monkeypatch, tiny_folder, workdir):
     lora, whole, plain = (np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("lora", "merged", "plain"))
     assert abs(lora - whole).max() <= 1 < abs(lora - plain).max()
 
+    used = []   # and merged in float32: in bfloat16, updates of less than half a step of W would be lost
+    monkeypatch.setattr(sample, "generate", lambda sd, *_, **__: used.append(sd.unet) or torch.zeros(1, 3, 64, 64))
+    words[words.index("fp32")] = "bf16"
+    program(monkeypatch, "--model", tiny_folder, "--lora", "lora.safetensors", *words, "half.png")
+    assert all(torch.equal(w, merged.unet.state_dict()[name].bfloat16()) for name, w in used[0].state_dict().items())
+
 
 def test_selfattn_reads_nine_references_whatever_is_given(tiny_folder):
     sd = StableDiffusion.load(tiny_folder)
