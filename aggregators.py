@@ -17,26 +17,6 @@ from torch import nn
 from attention import attention
 
 
-def first(embeds):
-    """The first reference: (B, N, E) -> (B, 1, E)."""
-    return embeds[:, :1]
-
-
-def max_pool(embeds):
-    """The largest value of each feature over the references: (B, N, E) -> (B, 1, E)."""
-    return embeds.amax(dim=1, keepdim=True)
-
-
-def avg_pool(embeds):
-    """The mean of each feature over the references: (B, N, E) -> (B, 1, E)."""
-    return embeds.mean(dim=1, keepdim=True)
-
-
-def concat(embeds):
-    """All references, unchanged: (B, N, E) -> (B, N, E)."""
-    return embeds
-
-
 class SelfAttention(nn.Module):
     """Algorithm 1: one head, d_k = E, no bias, no residual, no position code, all N outputs kept.
 
@@ -60,7 +40,13 @@ class SelfAttention(nn.Module):
         return self.to_out(attention(self.to_q(embeds), self.to_k(embeds), self.to_v(embeds)))
 
 
-AGGREGATORS = {"none": first, "max": max_pool, "avg": avg_pool, "selfattn": SelfAttention, "concat": concat}
+AGGREGATORS = {   # each of embeds (B, N, E), by the formulas above
+    "none": lambda embeds: embeds[:, :1],
+    "max": lambda embeds: embeds.amax(dim=1, keepdim=True),
+    "avg": lambda embeds: embeds.mean(dim=1, keepdim=True),
+    "selfattn": SelfAttention,
+    "concat": lambda embeds: embeds,
+}
 
 
 def make_aggregator(name, dim):
