@@ -226,6 +226,30 @@ def test_the_loop_holds_no_encoder_and_checkpointing_reaches_the_unet(trained, t
     assert seen[1] == (None, None, None, True)
 
 
+@pytest.mark.parametrize("large, rate", [(False, 1e-3), (True, 1e-4)])
+def test_adapter_of_stable_diffusion_has_a_learning_rate_of_its_own(large, rate, trained, tiny_folder, workdir, monkeypatch):
+    def stop(task, out, steps, batch, lr, args):
+        assert (steps, batch, lr) == (400, 4, rate)
+        raise KeyboardInterrupt
+
+    (workdir / ".cache").symlink_to(trained / ".cache")
+    monkeypatch.setattr(train, "is_large", lambda unet: large)
+    monkeypatch.setattr(train, "fit", stop)
+    with pytest.raises(SystemExit) as stopped:
+        program(monkeypatch, "--model", tiny_folder, *WORDS)
+    assert stopped.value.code == 130
+
+
+def test_full_gpu_is_one_line_that_says_what_to_do(monkeypatch, capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    with pytest.raises(SystemExit) as stopped:
+        train.run(main)
+    line, = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: CUDA out of memory: ") and "--batch" in line
+
+
 def test_selfattn_starts_from_the_loss_of_average_pooling(trained, tiny_folder, monkeypatch):
     monkeypatch.chdir(trained)
     program(monkeypatch, "--model", tiny_folder, "--steps", 1, "--agg", "avg", "--out", "avg", *WORDS)
