@@ -276,6 +276,16 @@ DRAWING = [ATTRIBUTES, RGB, FACE, *map(inspect.getsource, (   # all that a pictu
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
+def picture_files(folder, *patterns):
+    """The picture files of a folder, by name: those of the first of `patterns` (default: *) that finds any. ValueError if
+    there is no such folder, or no picture."""
+    for pattern in patterns or ["*"]:
+        if files := sorted(f for f in Path(folder).glob(pattern) if f.suffix.lower() in PICTURES):
+            return files
+    raise ValueError(f"{folder}: {'no pictures' if Path(folder).is_dir() else 'no such folder'}; give a folder of pictures "
+                     f"({', '.join(PICTURES)})")
+
+
 def load_image(path, size=None):
     """Any picture file as an upright RGB image; `size` scales the short side to it and cuts the centre.
     Transparent pictures are laid on white. Raises ValueError naming a file that cannot be read."""

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from data import PICTURES, digest, load_image, running_precision, to_images, to_tensor
+from data import digest, load_image, running_precision, to_images, to_tensor
 from ddpm import at, q_sample
 from ip_adapter import generate
 from unet import write_whole
@@ -51,25 +51,11 @@ def check_identifier(tokenizer, identifier):
                       f"{' + '.join(tokens)}, which may mean something already; better is a rare word of one token")
 
 
-def photo_files(folder):
-    """The picture files of a folder, by name. ValueError if there is no such folder, or no picture in it."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no such folder; give a folder of photos of one person")
-    if not (files := sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in PICTURES)):
-        raise ValueError(f"{folder}: no photos in this folder ({', '.join(PICTURES)})")
-    return files
-
-
 def latents(sd, files, generator, batch=8):
     """z_0 of n picture files, cut square: (n, C, h, w) float32. ValueError names a file that cannot be read."""
     parts = [files[i : i + batch] for i in range(0, len(files), batch)]
     images = (to_tensor([load_image(file, sd.image_size) for file in part]) for part in parts)
     return torch.cat([sd.encode_latents(x, generator).float() for x in images])
-
-
-def encode_with_gradient(sd, texts):
-    """`sd.encode_prompts` without its `no_grad`, to train the text encoder. List of B strings -> (B, L, D)."""
-    return type(sd).encode_prompts.__wrapped__(sd, texts)
 
 
 def snr(schedule):

@@ -40,8 +40,8 @@ from torchvision.models.inception import Inception3
 from tqdm import tqdm
 
 from aggregators import fit_references
-from data import (IDENTITY, PICTURES, FeatureNet, ToyFaces, cached, digest, draw_face, fingerprint, load_image,
-                  open_all, save_grid, to_bytes, to_tensor)
+from data import (IDENTITY, FeatureNet, ToyFaces, cached, digest, draw_face, fingerprint, load_image, open_all,
+                  picture_files, save_grid, to_bytes, to_tensor)
 from dreambooth import class_images, latents, prompts
 from ip_adapter import IPAdapter, generate, read_adapter
 from train import (ADAPTER, DREAMBOOTH, TINY, autocast, fine_tune, label_tensors, pick_device, pick_precision,
@@ -270,22 +270,14 @@ def load_judge(weights=None, resize="pytorch-fid", device="cpu"):
     return InceptionV3(weights, resize).to(device)
 
 
-def pictures_of(folder):
-    """The picture files of a folder, by name; if there are none, those of its sub-folders (LFW). ValueError if none."""
-    found = [sorted(f for f in Path(folder).glob(p) if f.suffix.lower() in PICTURES) for p in ("*", "*/*")]
-    if not (files := found[0] or found[1]):
-        raise ValueError(f"{folder}: {'no pictures in it' if Path(folder).is_dir() else 'no such folder'}")
-    return files
-
-
 @torch.inference_mode()
 def read_folder(folder, judge, batch=32, device="cpu"):
-    """Folder -> features (n, d), p(y|x) (n, K) of its pictures (`pictures_of`); prints what it had to convert.
+    """Folder -> features (n, d), p(y|x) (n, K) of its pictures, or of its folders' (LFW); prints what it had to convert.
 
     Each is resized on its own; greyscale and the like become RGB as Pillow does it. Raises ValueError: no folder, no
     pictures, one that cannot be read (named), features not finite.
     """
-    files, facts, parts = pictures_of(folder), Counter(), []
+    files, facts, parts = picture_files(folder, "*", "*/*"), Counter(), []
     for i in tqdm(range(0, len(files), batch), f"{folder}", leave=False):
         images = []
         for file in files[i:i + batch]:
@@ -340,7 +332,7 @@ def clip_cosines(args):
     clip = clip.float().to(args.device).eval()
 
     def embeds(folder):
-        files = pictures_of(folder)
+        files = picture_files(folder, "*", "*/*")
         views = (processor([load_image(f) for f in files[i:i + args.batch]], return_tensors="pt")["pixel_values"]
                  for i in range(0, len(files), args.batch))
         seen = [clip.visual_projection(clip.vision_model(x.to(args.device)).pooler_output).cpu() for x in views]

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -32,10 +32,10 @@ from torch import nn
 from tqdm import tqdm
 
 from aggregators import AGGREGATORS
-from data import (ATTRIBUTES, IDENTITY, LFW, SCENE, Features, FeatureNet, ToyFaces, caption_of, digest, fingerprint,
-                  leave_one_out, pixels, prompt_of, save_grid, split, to_bytes, to_tensor, traits_of, visible)
-from dreambooth import (add_lora, check_identifier, class_images, encode_with_gradient, latents, photo_files,
-                        prior_preservation_loss, prompts, save_lora)
+from data import (ATTRIBUTES, LFW, Features, FeatureNet, ToyFaces, caption_of, digest, fingerprint, leave_one_out,
+                  picture_files, pixels, save_grid, split, to_bytes, to_tensor, visible)
+from dreambooth import (add_lora, check_identifier, class_images, latents, prior_preservation_loss, prompts,
+                        save_lora)
 from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate
 from unet import AutoencoderKL, StableDiffusion, UNet, write_whole
 
@@ -131,19 +131,15 @@ def fit(task, out, steps, batch, lr, args):
     return rows
 
 
-class interruptible:
+@contextmanager
+def interruptible():
     """Inside, Ctrl-C only sets a flag that the loop asks for: no step is cut in half."""
-
-    def __enter__(self):
-        self.flag = False
-        self.old = signal.signal(signal.SIGINT, self.set)
-        return lambda: self.flag
-
-    def set(self, *_):
-        self.flag = True
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.old)
+    flag = []
+    old = signal.signal(signal.SIGINT, lambda *_: flag.append(True))
+    try:
+        yield lambda: bool(flag)
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 
 def is_large(unet):
@@ -273,8 +269,8 @@ def dreambooth_task(sd, module, texts, z_0, z_pr, args):
     """Section 3.2: each step a batch of photos and, if there are any, as many class pictures."""
     c_t = sd.encode_prompts(texts).float()   # (2, L, D)
 
-    def encode():
-        return (encode_with_gradient(sd, texts) if args.train_text_encoder else c_t).split(1)
+    def encode():   # `__wrapped__`: without the no_grad around it
+        return (sd.encode_prompts.__wrapped__(sd, texts) if args.train_text_encoder else c_t).split(1)
 
     def loss(batch, generator):
         i = torch.randint(len(z_0), (batch,), generator=generator)
@@ -325,7 +321,7 @@ def train_dreambooth(args):
         raise ValueError("--prior-weight cannot be negative, and --class-images must be at least 1")
     if args.lora is not None and (args.lora < 1 or args.train_text_encoder):
         raise ValueError("--lora takes a rank of at least 1, and trains the UNet only: without --train-text-encoder")
-    out, files, texts = args.out or Path("runs/dreambooth"), photo_files(args.images), prompts(args.identifier, args.noun)
+    out, files, texts = args.out or Path("runs/dreambooth"), picture_files(args.images), prompts(args.identifier, args.noun)
     sd, generator = StableDiffusion.load(args.model, args.device), torch.Generator().manual_seed(args.seed)
     began, args.base = time.perf_counter(), digest(sd.unet, sd.text_encoder, sd.vae)   # for --resume, and the photos too:
     args.photos = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
@@ -439,7 +435,7 @@ def vae_task(name, sd, x, held_out, device):
 
     def validate():   # PSNR in dB
         images = to_tensor(held_out[:256]).to(device)
-        y = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(64)]).float().clamp(-1, 1)
+        y = torch.cat([vae.decode(vae.encode(part).mean) for part in images.split(64)]).float().clamp(-1, 1)
         return 10 * math.log10(4 / F.mse_loss(y, images).item())
 
     module = nn.ModuleList([vae.post_quant_conv, vae.decoder]) if name == "vae_decoder" else vae
@@ -590,7 +586,7 @@ def train_base(args):
     for name in ("vae", "vae_sharp", "vae_decoder"):
         stage(vae_task(name, sd, x, held_x, device))
     with torch.inference_mode(), autocast(args):
-        z = torch.cat([sd.vae.encode(to_tensor(part).to(device)).mode().float() for part in x[:1024].split(64)])
+        z = torch.cat([sd.vae.encode(to_tensor(part).to(device)).mean.float() for part in x[:1024].split(64)])
     sd.vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
     stage(clip_task(sd, x, labels, held_x, held_labels, device))
     judge = feature_net_task(sd, x, labels, held_x, held_labels, device, autocast(args))
@@ -605,37 +601,6 @@ def train_base(args):
     (out / "ip_adapter").mkdir(exist_ok=True)
     adapter.half().save(out / ADAPTER)
     print(f"wrote {out}")
-    with torch.inference_mode(), autocast(args):
-        report(sd, judge.module, held_x, held_labels)
-
-
-def report(sd, judge, x, labels, most=512):
-    """What the judge reads off unseen photos, off their VAE round trips, and off `most` pictures made from captions, of the
-    scene alone and of the scene and five traits: for every attribute the share that is right, of those that can be seen
-    and, in captions, are named."""
-    rng, null_c_t, (classes, seen) = np.random.default_rng(0), sd.encode_prompts([""]), label_tensors(labels)
-    traits = [rng.permutation([k for k in visible(one) if k in IDENTITY])[:5] for one in labels[:most]]
-
-    def of_pictures(parts, asked):
-        said = [judge(part.float().to(null_c_t.device)) for part in parts]
-        said = {k: torch.cat([one[k] for one in said]) for k in judge.heads}
-        return share_right(said, classes[:len(asked)], asked).tolist()
-
-    def of_captions(chosen):
-        captions = [prompt_of({k: one[k] for k in SCENE}, traits_of({k: one[k] for k in some}))
-                    for one, some in zip(labels, chosen)]
-        named = torch.tensor([[k in some or k in SCENE for k in judge.heads] for some in chosen])
-        made = (generate(sd, sd.encode_prompts(captions[i:i + 64]), null_c_t, steps=20, seed=i)
-                for i in range(0, len(captions), 64))
-        return of_pictures(made, seen[:most] & named)
-
-    rows = zip(judge.heads, of_pictures(map(to_tensor, x.split(64)), seen),
-               of_pictures((to_tensor(round_trip(sd, part)) for part in x.split(64)), seen),
-               of_captions([()] * len(traits)), of_captions(traits))
-    print(f"{len(x)} photos, their VAE round trips, {len(traits)} pictures of a scene in words, as many of it and five traits "
-          f"(w = 4, 20 steps)\n{'attribute':12} photo  trip   scene  traits")
-    for name, *row in rows:
-        print(f"{name:12} " + "  ".join("-   " if math.isnan(v) else f"{v:.3f}"[:5].ljust(5) for v in row))
 
 
 # --------------------------------------------------------------------------- command line

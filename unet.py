@@ -220,9 +220,6 @@ class Gaussian(NamedTuple):
     mean: torch.Tensor
     logvar: torch.Tensor
 
-    def mode(self):
-        return self.mean
-
     def sample(self, generator=None):
         """μ + σ·ε, ε ~ N(0, I) drawn from `generator` (on its own device; None: PyTorch's global one)."""
         device = generator.device if generator else self.mean.device
@@ -566,7 +563,7 @@ class StableDiffusion:
         """z_0 = s·(μ + σ·ε), N(μ, σ²) = VAE(x), s = `scaling_factor`, 0.18215 in Stable Diffusion.
         images (B, 3, H, W) in [−1, 1] -> (B, C, h, w). ε ~ N(0, I) comes from `generator`; None: ε = 0, the mode."""
         posterior = self.vae.encode(like(images, self.vae))
-        return self.vae.config["scaling_factor"] * (posterior.sample(generator) if generator else posterior.mode())
+        return self.vae.config["scaling_factor"] * (posterior.sample(generator) if generator else posterior.mean)
 
     @torch.no_grad()
     def decode_latents(self, z):

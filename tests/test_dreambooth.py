@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -123,18 +124,18 @@ def test_identifier_of_several_tokens_is_warned_of_by_name(tiny_folder):
 
 def test_photo_folders_that_are_no_use_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder"):
-        dreambooth.photo_files(tmp_path / "nowhere")
+        data.picture_files(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="no photos"):
-        dreambooth.photo_files(tmp_path)
+    with pytest.raises(ValueError, match="no pictures"):
+        data.picture_files(tmp_path)
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.jpg: not a readable picture"):
         dreambooth.latents(StableDiffusion(UNet(**CONFIG), *[type("", (), {"config": {"block_out_channels": [1]}})] * 3),
-                           dreambooth.photo_files(tmp_path), None)
+                           data.picture_files(tmp_path), None)
 
 
 def test_latents_are_those_of_the_photos_one_by_one(tiny_folder, photos):
-    sd, files = StableDiffusion.load(tiny_folder), dreambooth.photo_files(photos)
+    sd, files = StableDiffusion.load(tiny_folder), data.picture_files(photos)
     z_0 = dreambooth.latents(sd, files, None, batch=2)
     alone = [sd.encode_latents(data.to_tensor([data.load_image(file, 64)])) for file in files]
     torch.testing.assert_close(z_0, torch.cat(alone), rtol=1e-4, atol=1e-4)
@@ -273,6 +274,12 @@ def changed(folder, before, part):
 WORDS = ["--noun", "person", "--batch", 2, "--every", 1, "--precision", "fp32", "--class-images", 2, "--lr", 1e-2, "--out", "run"]
 
 
+def interrupt_once(monkeypatch):
+    """Ctrl-C in the first step of the next training."""
+    interrupted = iter([True])
+    monkeypatch.setattr(train, "interruptible", lambda: nullcontext(lambda: next(interrupted, False)))
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_full_fine_tune_trains_what_it_says_resumes_exactly_and_leaves_a_checkpoint(
         text, tiny_folder, photos, workdir, monkeypatch, few_steps):
@@ -288,9 +295,7 @@ def test_full_fine_tune_trains_what_it_says_resumes_exactly_and_leaves_a_checkpo
     state = torch.load("run/dreambooth.pt", weights_only=True)
     assert {name.split(".")[0] for name in state["module"]} == {"unet"} | ({"text_encoder"} if text else set())
 
-    interrupted = iter([True])
-    real = train.interruptible.__enter__
-    monkeypatch.setattr(train.interruptible, "__enter__", lambda self: (real(self), lambda: next(interrupted, False))[1])
+    interrupt_once(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         program(monkeypatch, *words, "--steps", 2)
     assert stopped.value.code == 130 and torch.load("run/dreambooth.pt", weights_only=True)["step"] == 1
@@ -328,8 +333,7 @@ def test_lora_run_leaves_a_file_that_merges_and_resumes_exactly_but_not_with_oth
     before = sd.unet(*INPUT)
     dreambooth.load_lora("run/pytorch_lora_weights.safetensors", sd)
     assert not torch.allclose(sd.unet(*INPUT), before) and not (workdir / "run" / "unet").exists()
-    interrupted, real = iter([True]), train.interruptible.__enter__
-    monkeypatch.setattr(train.interruptible, "__enter__", lambda self: (real(self), lambda: next(interrupted, False))[1])
+    interrupt_once(monkeypatch)
     with pytest.raises(SystemExit):
         program(monkeypatch, *words)
     program(monkeypatch, *words, "--resume")
