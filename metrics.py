@@ -19,6 +19,7 @@ Both are computed and named. Features are float32, all statistics float64.
 import argparse
 import copy
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
@@ -299,13 +300,14 @@ def read_folder(folder, judge, batch=32, device="cpu"):
 
 def compare_folders(args):
     """Prints FID, KID and both IS of two folders as a Markdown table that says how they were made."""
+    cosines = clip_cosines(args) if args.clip else {}   # first: a wrong name must not cost the rest
     judge = load_judge(args.inception, args.resize, args.device)
     (x, _), (y, probs) = (read_folder(f, judge, args.batch, args.device) for f in (args.real, args.generated))
     rows = {"FID": fid(x, y), "KID": kernel_distance(x, y)}
     for marginal in ("uniform", "empirical"):
         rows[f"IS ({marginal} p(y))"] = inception_score(probs, marginal, args.splits, args.seed)
     if args.clip:
-        rows |= clip_cosines(args)
+        rows |= cosines
         print(f"CLIP: {args.clip}")
     if min(len(x), len(y)) <= x.shape[1]:
         print(f"note: not more pictures than features ({x.shape[1]}): FID is far too high, compare at equal numbers")
@@ -372,13 +374,14 @@ def trained_adapters(args, unet, *names):
                     training.wait()   # it ends its step and writes a checkpoint
                     raise
             if failed:
-                raise ValueError(f"{file} is missing, and training it failed")
+                raise ValueError(f"{file} is missing, and training it failed; if {file.parent} holds a checkpoint of other "
+                                 "options, move it away")
         found = read_adapter(file)[1]
         recipe = recipe or {k: found.get(k, "known") for k in RECIPE}
         wrong = [f"{k} {found.get(k, 'unknown')}, not {v}" for k, v in recipe.items() if found.get(k) != v]
         if wrong := "; ".join(wrong) or "another UNet" * (not found["base"].startswith(digest(unet))):
             raise ValueError(f"{file} was not trained with the options of {names[0]} on the UNet that is there now "
-                             f"({wrong}): move it away, and this command trains it anew")
+                             f"({wrong}): move {file.parent} away, and this command trains it anew")
     return files
 
 
@@ -464,13 +467,18 @@ KINDS = {   # of references, for --sweep kinds: each as it was drawn (None), wit
 }
 
 
+# The files that pictures depend on besides this one: with another line in them they are made anew.
+MAKERS = ("aggregators", "attention", "ddpm", "dreambooth", "ip_adapter", "train", "unet")
+
+
 class Exam:
     """Toy people that nobody was trained on: what every method is given of them, and what is said of its pictures.
 
     ToyFaces' seed 0 is the base model's, seed 1 the adapters', and the first hundred people of seed 2 are validation.
     A person has nine references and, held out, as many photos as pictures will be made: the real photos of FID and KID.
     The prompts of the first --photos of these are asked for, --seeds times each, every picture from noise of its own.
-    As many photos again show what real pictures of the same people score.
+    As many photos again show what real pictures of the same people score, and new drawings of the scenes asked for what a
+    perfect method would.
     """
     COLUMNS = ("FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑", "identity ↑", "prompt ↑", "copy", "CLIP-I ↑",
                "CLIP-T ↑", "s/picture ↓", "N")
@@ -487,7 +495,9 @@ class Exam:
         self.groups = torch.arange(len(self.real)).view(len(self.people), -1)   # pictures of each person
         self.target = torch.arange(args.photos).repeat_interleave(args.seeds)   # (n,) held-out photo of each picture
         self.texts = [person.photos[9 + q].prompt for person in self.people for q in self.target]
-        self.key = [ToyFaces(0, seed=2).key, digest(self.sd.unet, self.sd.vae), fingerprint(self.sd), *(
+        code = [Path(__file__).with_name(f"{name}.py").read_text() for name in MAKERS] + [
+            inspect.getsource(part) for part in (make_pictures, taught)]
+        self.key = [ToyFaces(0, seed=2).key, code, digest(self.sd.unet, self.sd.vae), fingerprint(self.sd), *(
             getattr(args, k) for k in ("photos", "seeds", "guidance", "steps", "seed", "precision", "device", "batch")), self.texts]
         self.say("method", *self.COLUMNS)
         self.say(*["---"] * (1 + len(self.COLUMNS)))
@@ -542,14 +552,14 @@ class Exam:
         return statistic(self.groups.flatten()), *bootstrap_ci(self.groups, lambda g: statistic(torch.cat(g)), draws)
 
     @torch.inference_mode()
-    def row(self, name, x, seconds=None, again=False):
-        """Judge generated pictures x, or real photos (no seconds): those of FID, or (`again`) those after them."""
-        target = self.target if seconds is not None else None if again else torch.arange(self.n)
-        numbers = range(9 + self.n, 9 + 2 * self.n) if again else 9 + target
-        shots = [person.photos[q] for person in self.people for q in numbers]
+    def row(self, name, x, seconds=None, scenes=None):
+        """Judge n pictures of every person. scenes (n,): the photo after the references whose scene each shows; None: the
+        photos whose prompts every method is given."""
+        scenes = self.target if scenes is None else scenes
+        shots = [person.photos[9 + q] for person in self.people for q in scenes]
         said, e = judged(self.judge, x, [shot.labels for shot in shots], self.args.device), embedded(self.sd, x)
         references, held, _ = self.embeds.split([9, self.n, self.n], dim=1)
-        said["CLIP-I"], said["copy"] = likeness(e[self.groups], references, held, target)
+        said["CLIP-I"], said["copy"] = likeness(e[self.groups], references, held, scenes if scenes[0] < self.n else None)
         ids = self.sd.tokenizer([shot.prompt for shot in shots], padding=True, return_tensors="pt").input_ids
         clip_t = F.cosine_similarity(e, self.sd.text_encoder(ids.to(self.args.device)).pooler_output.cpu()).mean()
         self.said[name] = said
@@ -586,13 +596,14 @@ class Exam:
 w = {a.guidance}, {a.steps} steps, seed {a.seed}. FID, KID and IS: {self.judge.name}.
 In brackets: 95 % intervals over people. Identity, prompt: right attributes among those that the prompt leaves visible.
 CLIP-I: cosine to the person's other held-out photos; copy: cosine to the nearest reference, minus CLIP-I.
-DreamBooth's seconds include fine-tuning and a share of the class pictures, which are made once for all.
+DreamBooth's seconds include fine-tuning, and a share of the class pictures if these were not there yet.
+IS counts a guess for the hair under a hat, too.
 """
         content = {"command": command, "features": self.judge.name, "dreambooth": DREAMBOOTH,
                    "settings": {k: str(v) for k, v in vars(a).items()}, "rows": self.rows}
         a.out.mkdir(parents=True, exist_ok=True)
         for end, text in ((".md", "\n".join([*self.lines, note])), (".json", json.dumps(content, indent=1))):
-            write_whole(a.out / (stem + end), lambda part: part.write_text(text))
+            write_whole(a.out / (stem + end), lambda part: part.write_text(text, encoding="utf-8"))
         print(f"{note}wrote {a.out}/{stem}.md, {stem}.json")
 
 
@@ -635,8 +646,13 @@ def report(args):
             return
         title = f"identity against {'number of references' if args.sweep == 'refs' else 'prompt fidelity'}"
         return plot(args.out / f"sweep_{args.sweep}.png", curves, title)
-    exam.row("VAE round trip of real photos", torch.cat([round_trip(exam.sd, x[9:9 + exam.n]) for x in exam.x]))
-    exam.row("other real photos of the same people", exam.x[:, 9 + exam.n:].flatten(0, 1), again=True)
+    drawn = [draw_face(person.photos[9 + q].labels, {}, [p, k], exam.sd.image_size)
+             for p, person in enumerate(exam.people) for k, q in enumerate(exam.target)]
+    exam.row("the scenes asked for, drawn anew", to_bytes(to_tensor(drawn)))
+    exam.row("VAE round trip of real photos", torch.cat([round_trip(exam.sd, x[9:9 + exam.n]) for x in exam.x]),
+             scenes=torch.arange(exam.n))
+    exam.row("other real photos of the same people", exam.x[:, 9 + exam.n:].flatten(0, 1),
+             scenes=torch.arange(exam.n, 2 * exam.n))
     exam.differences()
     exam.write("table")
     rows = [list(to_tensor(row)) for row in torch.stack(list(sheet.values()), 1)[:8]]
