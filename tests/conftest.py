@@ -24,6 +24,14 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_validation():
+    """Trainings validate on 16 photos instead of 192: most of the time of a training of two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.fixed_validation, "__defaults__", (16,))
+        yield
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """Programs write runs/ and .cache/ below the working folder: here an empty one."""

@@ -271,12 +271,12 @@ def changed(folder, before, part):
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-WORDS = ["--noun", "person", "--batch", 2, "--every", 1, "--precision", "fp32", "--class-images", 2, "--lr", 1e-2, "--out", "run"]
+WORDS = ["--noun", "person", "--batch", 2, "--every", 2, "--precision", "fp32", "--class-images", 2, "--lr", 1e-2, "--out", "run"]
 
 
 def interrupt_once(monkeypatch):
     """Ctrl-C in the first step of the next training."""
-    interrupted = iter([True])
+    interrupted = iter([True, True])   # it is asked twice a step
     monkeypatch.setattr(train, "interruptible", lambda: nullcontext(lambda: next(interrupted, False)))
 
 
