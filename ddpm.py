@@ -103,7 +103,8 @@ def leading(T, steps):
     """`steps` increasing time steps 1, 1+r, 1+2r, … with r = ⌊T/steps⌋; steps = T takes all of 0…T−1.
 
     Stable Diffusion's "leading" spacing with steps_offset 1: 50 of 1000 steps are 1, 21, …, 981.
-    As published, few steps begin far from pure noise (7 at t = 853, 1 at t = 1): there, prefer "dpm".
+    As published, a number that does not divide T may begin far from pure noise (7 at t = 853, 600 at t = 600), and so
+    does 1 (at t = 1): there, prefer "dpm".
     """
     return [int(steps < T) + T // steps * i for i in range(steps)]
 

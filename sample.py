@@ -115,7 +115,7 @@ def prepare(unet, device, precision, compiled=False):
 def save_pictures(folder, images):
     """(B, 3, H, W) in [−1, 1] -> folder/000.png, 001.png, … instead of those of an older run: for metrics.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9].png"):
+    for old in folder.glob("[0-9][0-9][0-9]*.png"):
         old.unlink()
     for k, image in enumerate(to_images(images)):
         write_whole(folder / f"{k:03d}.png", lambda part: image.save(part, "PNG"))
@@ -154,6 +154,8 @@ def main():
         raise ValueError(f"--n {args.n}: at least one picture")
     if not 1 <= args.steps <= 1000:
         raise ValueError(f"--steps {args.steps}: from 1 to 1000")
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder: name the picture to write")
     if args.benchmark and args.steps == 1:
         raise ValueError("--benchmark with --steps 1: the first step only warms up, give it more")
     device = pick_device(args.device)
@@ -173,7 +175,7 @@ def main():
         references = [load_image(p) for p in args.refs]
     elif path and Path(args.model).resolve() == TINY.resolve() and not args.lora:
         references, scene = unseen_person(args.seed, sd.image_size)
-        prompt = prompt or scene
+        prompt = scene if prompt is None else prompt
     if (args.adapter or args.agg) and not references:
         raise ValueError("--adapter and --agg are for reference photos: name some with --refs")
     if prompt is None:
@@ -192,8 +194,11 @@ def main():
     prepare(sd.unet, device, precision, args.compile)
     if args.benchmark:
         sd.unet.register_forward_hook(lambda *_: times.append(now(device)))
-    images = generate(sd, c_t, null_c_t, c_i, null_c_i, args.guidance, args.lam, args.steps, args.sampler, args.seed,
-                      progress=True)
+    try:
+        images = generate(sd, c_t, null_c_t, c_i, null_c_i, args.guidance, args.lam, args.steps, args.sampler, args.seed,
+                          progress=True)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ValueError(f"--compile: {str(error).splitlines()[0]}") from None
     seconds = now(device) - began
 
     shown = [to_tensor([ImageOps.fit(i, (images.shape[-1],) * 2)])[0] for i in references]

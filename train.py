@@ -220,12 +220,14 @@ def train_adapter(args):
     out, device = args.out or Path("runs") / args.agg, args.device
     steps, batch, init = args.steps or 400, args.batch or 64, args.init or Path(args.model) / ADAPTER
     if not init.is_file():
-        raise ValueError(f"{init}: no such adapter to start from; name one with --init (ip-adapter_sd15.safetensors)")
+        raise ValueError(f"{init}: no such adapter to start from; name one with --init (ip-adapter_sd15.safetensors), or "
+                         f"another --model than {args.model}")
     sd = StableDiffusion.load(args.model, device, image_encoder=args.image_encoder or beside(init))
     adapter, lr = IPAdapter.load(init, sd.unet, agg=args.agg), args.lr or (1e-4 if is_large(sd.unet) else 1e-3)
     args.base = f"{digest(sd.unet)} {fingerprint(sd)} {hashlib.sha256(init.read_bytes()).hexdigest()[:16]}"   # for --resume
     out.mkdir(parents=True, exist_ok=True)
     people, others = dataset(args, sd.image_size)
+    args.photos = hashlib.sha256(f"{people[1]} {others[1]}".encode()).hexdigest()[:16]
     if not others[0]:
         raise ValueError(f"{args.data}: only one person with two photos; at least one more must be held out for validation")
     with autocast(args):
@@ -610,9 +612,12 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise ValueError(f"no device {name!r} on this machine; --device auto | cpu | cuda | mps") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)   # cuda:1: also the one to wait for and whose memory is counted
+    return device
 
 
 def pick_precision(name, device):
@@ -642,7 +647,9 @@ def run(main):
         main()
     except KeyboardInterrupt as e:
         sys.exit(print(e, file=sys.stderr) or 130)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:   # torch.OutOfMemoryError is one, mps and cpu raise it plain
+        if "memory" not in str(e):
+            raise
         sys.exit(print(f"error: {str(e).split('. ')[0]}: make or train fewer at once (--n, --batch), train with "
                        "--checkpointing", file=sys.stderr) or 2)
     except (ValueError, OSError) as e:
@@ -684,6 +691,8 @@ def main():
     for name in ("batch", "accumulate", "every", "steps", "people"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: at least 1")
+    if args.method != "dreambooth" and (args.images or args.noun or args.lora is not None or args.train_text_encoder):
+        raise ValueError("--images, --noun, --lora and --train-text-encoder are for --method dreambooth")
     args.device = pick_device(args.device)
     args.precision = pick_precision(args.precision, args.device)
     torch.manual_seed(args.seed)

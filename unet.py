@@ -398,16 +398,18 @@ def locate(path, parts, dtype):
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise FileNotFoundError(f"{path}: no such file or folder")
-    try:
-        for pattern in weight_patterns(dtype):
-            wanted = ["*.json", "*.txt"] + [f"{part}/{pattern}" for part in [*parts, *["image_encoder"] * bool(parts)]]
+    for pattern in weight_patterns(dtype):
+        wanted = ["*.json", "*.txt"] + [f"{part}/{pattern}" for part in [*parts, *["image_encoder"] * bool(parts)]]
+        try:
             folder = Path(snapshot_download(str(path), allow_patterns=wanted))
-            if all(any(folder.glob(f"{part}/{pattern}")) for part in parts):
-                break
-        return folder
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{path}: no such folder, and the hub did not give such a model: {reason}") from error
+        except Exception as error:  # of many kinds; offline, one says where a snapshot is that lacks a wanted file
+            if not (folder := getattr(error, "snapshot_path", None)):
+                reason = (str(error) or repr(error)).splitlines()[0]
+                raise FileNotFoundError(f"{path}: no such folder, and the hub did not give such a model: {reason}") from error
+            folder = Path(folder)
+        if all(any(folder.glob(f"{part}/{pattern}")) for part in parts):
+            break
+    return folder
 
 
 def find_image_encoder(path, given, dtype):
@@ -433,11 +435,13 @@ def make_schedule(config):
 
 
 def write_whole(path, write):
-    """write(temporary path), then rename: the file is there whole or not at all."""
+    """write(temporary path), then rename: the file is there whole or not at all. OSError if it cannot be written."""
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         write(part)
         os.replace(part, path)
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors say that the disk is full
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -527,7 +531,7 @@ class StableDiffusion:
             write_json(folder / name / "config.json", net.config if ours else net.config.to_diff_dict())
             tensors = {prefix + key.removeprefix(prefix): x.to("cpu", dtype).contiguous()
                        for key, x in net.state_dict().items()}
-            save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+            write_whole(folder / name / f"{stem}.safetensors", lambda part: save_file(tensors, part, {"format": "pt"}))
         self.tokenizer.save_pretrained(folder / "tokenizer")
         if backend := getattr(self.tokenizer, "backend_tokenizer", None):
             backend.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt, which transformers 5 leaves out

@@ -1,6 +1,7 @@
 """data.py: toy people are seeded and hide what they say, folders are read as they are, batches leave one out."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -119,10 +120,14 @@ def test_pictures_of_any_mode_become_upright_rgb(tmp_path):
     assert load_image(tmp_path / "turned.jpg").size == (20, 40)
 
 
-def test_unreadable_picture_is_named(tmp_path):
+def test_unreadable_picture_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no")
     with pytest.raises(ValueError, match="broken.jpg"):
         load_image(tmp_path / "broken.jpg")
+    Image.new("RGB", (40, 20)).save(tmp_path / "odd.jpg")
+    monkeypatch.setattr("data.ImageOps.exif_transpose", lambda img: struct.pack("B", -1))   # some versions, some cameras
+    with pytest.raises(ValueError, match="odd.jpg"):
+        load_image(tmp_path / "odd.jpg")
 
 
 def test_folder_of_people_is_read_with_prompts(photo_folder, tmp_path):
@@ -152,7 +157,7 @@ def test_real_lfw_has_its_published_counts():
     assert faces.people[0].photos[0].image.size == (64, 64)
 
 
-def test_features_are_cached_and_follow_model_and_data(tiny_folder, workdir, photo_folder):
+def test_features_are_cached_and_follow_model_and_data(tiny_folder, workdir, photo_folder, monkeypatch):
     sd = StableDiffusion.load(tiny_folder)
     faces = LFW(photo_folder, 64)
     with pytest.warns(UserWarning, match="1 of 11 photos"):
@@ -160,14 +165,17 @@ def test_features_are_cached_and_follow_model_and_data(tiny_folder, workdir, pho
     assert features.z_0.shape == (10, 4, 16, 16) and features.embeds.shape == (10, 128)
     assert sum(map(len, features.groups)) == 10 and len(features.prompt) == 10
     files = sorted((workdir / ".cache").iterdir())
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning), monkeypatch.context() as patch:
+        patch.setattr(Features, "compute", None)   # it is read, not computed again
         again = Features(sd, faces.people, faces.key)
     assert torch.equal(again.z_0, features.z_0) and sorted((workdir / ".cache").iterdir()) == files
+    with pytest.warns(UserWarning):
+        Features(sd, faces.people, faces.key + "changed")
     with torch.no_grad():
         next(sd.vae.parameters()).mul_(1.5)
     with pytest.warns(UserWarning):
         other = Features(sd, faces.people, faces.key)
-    assert not torch.equal(other.z_0, features.z_0) and len(list((workdir / ".cache").iterdir())) == len(files) + 1
+    assert not torch.equal(other.z_0, features.z_0) and len(list((workdir / ".cache").iterdir())) == len(files) + 2
 
 
 def test_features_hold_each_photo_in_its_row(tiny_folder, workdir):

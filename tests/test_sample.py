@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import ip_adapter
 import sample
-from data import ToyFaces, digest
+from data import ToyFaces, digest, save_grid
 from dreambooth import add_lora, load_lora, save_lora
 from ip_adapter import IPAdapter
 from train import ADAPTER, peak_memory, run
@@ -54,6 +54,12 @@ def test_same_seed_same_picture(monkeypatch, tiny_folder, workdir, refs):
                 "--seed", seed, "--out", f"{name}.png")
     a, b, c = ((workdir / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_picture_is_of_the_kind_that_its_name_says(tmp_path):
+    for name, kind in (("a.JPG", "JPEG"), ("a.png", "PNG")):
+        save_grid(tmp_path / name, [[torch.zeros(3, 8, 8)]])
+        assert Image.open(tmp_path / name).format == kind
 
 
 def test_lam_zero_is_text_only_to_the_last_pixel(monkeypatch, tiny_folder, workdir, refs):

@@ -195,6 +195,15 @@ def test_resume_refuses_a_checkpoint_of_another_base_model(trained, tiny_folder,
     assert stop.value.code == 2 and "--base" in line and "--model" not in line
 
 
+def test_resume_refuses_other_photos(tiny_folder, photo_folder, workdir, monkeypatch, capsys):
+    words = ["--model", tiny_folder, "--data", shutil.copytree(photo_folder, "mine"), "--out", "run", *WORDS, "--steps", 2]
+    program(monkeypatch, *words)
+    shutil.copytree(max(Path("mine").iterdir()), "mine/Another")
+    with pytest.raises(SystemExit) as stop:
+        program(monkeypatch, *words, "--resume")
+    assert stop.value.code == 2 and "--photos" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_clip_sees_photos_as_they_are_in_training_as_in_sampling(tiny_folder, workdir):
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -240,14 +249,22 @@ def test_adapter_of_stable_diffusion_has_a_learning_rate_of_its_own(large, rate,
     assert stopped.value.code == 130
 
 
-def test_full_gpu_is_one_line_that_says_what_to_do(monkeypatch, capsys):
+@pytest.mark.parametrize("error, says", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"), "CUDA out of memory"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried …"), "MPS backend out of memory (MPS allocated: 9 GB)")])
+def test_full_gpu_is_one_line_that_says_what_to_do(error, says, monkeypatch, capsys):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+        raise error
 
     with pytest.raises(SystemExit) as stopped:
         train.run(main)
     line, = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and line.startswith("error: CUDA out of memory: ") and "--batch" in line
+    assert stopped.value.code == 2 and line.startswith(f"error: {says}: ") and "--batch" in line
+
+
+def test_other_failures_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.run(lambda: exec("raise RuntimeError('a bug')"))
 
 
 def test_selfattn_starts_from_the_loss_of_average_pooling(trained, tiny_folder, monkeypatch):
@@ -281,6 +298,7 @@ def test_real_photos_train(tiny_folder, workdir, monkeypatch):
     (["--batch", "0"], "--batch"),
     (["--device", "tpu"], "tpu"),
     (["--method", "base", "--batch", "4"], "--batch"),
+    (["--images", "photos", "--noun", "man", "--lora", "8"], "--method dreambooth"),
 ])
 def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, workdir, words, says):
     (workdir / "FILE").write_text("a file")

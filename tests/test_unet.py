@@ -305,6 +305,22 @@ def test_failed_save_leaves_the_old_checkpoint_whole(model, folder, monkeypatch)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+@pytest.mark.parametrize("write", [torch.save, save_file], ids=["torch", "safetensors"])
+def test_full_disk_is_an_os_error_and_leaves_the_old_file(write, tmp_path):
+    import resource
+
+    (path := tmp_path / "weights").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="weights"):
+            module.write_whole(path, lambda part: write({"x": torch.zeros(100_000)}, part))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_diffusers_opens_a_saved_folder_and_predicts_the_same_noise(model, saved):
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(saved)
@@ -508,6 +524,18 @@ def test_hub_ids_come_from_the_cache_when_offline(model, saved, tmp_path, monkey
     (cached / "image_encoder").rename(encoder)
     assert StableDiffusion.load("someone/model").image_encoder is None
     assert_same(StableDiffusion.load("someone/model", image_encoder="h94/IP-Adapter"), model)
+
+
+def test_other_precision_in_the_cache_is_used_when_offline(model, saved, monkeypatch):
+    def offline(repo, allow_patterns):   # as huggingface_hub 2 does when a listed file is not there
+        if any("fp16" in pattern for pattern in allow_patterns):
+            error = FileNotFoundError("the snapshot is incomplete")
+            error.snapshot_path = str(saved)
+            raise error
+        return str(saved)
+
+    monkeypatch.setattr(module, "snapshot_download", offline)
+    assert StableDiffusion.load("someone/model", dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_hub_downloads_whole_parts_and_the_image_encoder_if_there_is_one(model, saved, tmp_path, monkeypatch):
