@@ -24,10 +24,8 @@ from aggregators import AGGREGATORS, fit_references
 from data import ToyFaces, digest, load_image, save_grid, to_images, to_tensor
 from dreambooth import load_lora
 from ip_adapter import IPAdapter, generate, read_adapter
-from train import ADAPTER, TINY, beside, is_large, peak_memory, pick_device, pick_precision, run
+from train import ADAPTER, DTYPE, TINY, beside, is_large, peak_memory, pick_device, pick_precision, run
 from unet import StableDiffusion, UNet, build, read_json, write_whole
-
-DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_adapter(model, path):

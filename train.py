@@ -41,6 +41,7 @@ from unet import AutoencoderKL, StableDiffusion, UNet, write_whole
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 ADAPTER = "ip_adapter/ip-adapter_tiny.safetensors"   # in TINY, beside the model
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}   # of --precision
 
 
 @dataclass
@@ -149,8 +150,7 @@ def is_large(unet):
 
 def autocast(args):
     """float32 as it is; bf16 and fp16 under autocast."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    return torch.autocast(args.device.type, dtype) if dtype else nullcontext()
+    return nullcontext() if args.precision == "fp32" else torch.autocast(args.device.type, DTYPE[args.precision])
 
 
 # --------------------------------------------------------------------------- the adapters

@@ -9,6 +9,15 @@ import train
 from ip_adapter import IPAdapter
 
 
+def randn(*shape, seed=0):
+    """float64 noise, the same for the same shape and seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder like weights/tiny, from random weights: model, single-image adapter and FeatureNet."""

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from aggregators import AGGREGATORS, SelfAttention, fit_references, make_aggregator
+from conftest import close, randn
 
 B, N, E = 3, 5, 8
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-12):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def trained():

@@ -7,12 +7,9 @@ import torch
 
 import attention as module
 from attention import CrossAttention, FeedForward, SpatialAttention, Transformer2D, attention, scaled_dot_product
+from conftest import close, randn
 
 B, L, M, D = 2, 6, 5, 12
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def randomise(net):
@@ -20,10 +17,6 @@ def randomise(net):
     for i, p in enumerate(net.parameters()):
         p.data = randn(*p.shape, seed=i) / 3
     return net.double().requires_grad_(False)
-
-
-def close(a, b, tolerance=1e-12):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def with_adapter():

@@ -6,17 +6,10 @@ import pytest
 import torch
 
 import ddpm
+from conftest import close, randn
 from ddpm import Schedule, guide, p_step, predict_x0, q_sample, q_step, sample
 
 SD = Schedule.stable_diffusion()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-12):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def oracle(x_0, schedule=SD):

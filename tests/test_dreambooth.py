@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import data
 import dreambooth
 import train
+from conftest import randn
 from ddpm import Schedule, predict_x0, q_sample
 from ip_adapter import adapter_loss
 from unet import StableDiffusion, UNet
@@ -22,10 +23,6 @@ SCHEDULE = Schedule.stable_diffusion()
 CONFIG = dict(sample_size=8, block_out_channels=[8, 16], layers_per_block=1, cross_attention_dim=12, attention_head_dim=2,
               norm_num_groups=4, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
               up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture

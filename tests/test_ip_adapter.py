@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from attention import attention
+from conftest import close, randn
 from ddpm import Schedule, guide, q_sample, sample
 from ip_adapter import (
     ImageProjection, IPAdapter, adapter_loss, drop, drop_conditions, guided_eps, text_attentions,
@@ -26,14 +27,6 @@ SD15 = dict(
     down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], attention_head_dim=8,
     up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 )  # fmt: skip
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-12):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def randomise(module, seed):

@@ -17,14 +17,11 @@ from torchvision.models.inception import Inception3
 import data
 import metrics
 import train
+from conftest import randn
 from ip_adapter import IPAdapter, read_adapter
 from metrics import (Gaussian, InceptionV3, ToyJudge, bootstrap_ci, fid, frechet_distance, inception_score,
                      kernel_distance, load_judge, read_folder)
 from unet import StableDiffusion
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def covariance(d, seed, rank=None):

@@ -137,6 +137,7 @@ def test_selfattn_reads_nine_references_whatever_is_given(tiny_folder):
     (["--benchmark", "--steps", "1", "--prompt", "x"], "warms up"),
     (["--device", "tpu", "--prompt", "x"], "tpu"),
     (["--prompt", "x", "--out", "REF/picture.png"], "REF"),
+    (["--prompt", "x", "--out", "."], "folder"),
     ([], "--prompt"),
     (["--adapter", "any.safetensors", "--prompt", "x"], "--refs"),
     (["--agg", "avg", "--prompt", "x"], "--refs"),
@@ -148,6 +149,16 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, work
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and says.replace("REF", str(refs[0])) in message
     assert not list(workdir.glob("**/*.part")) and not (workdir / "runs").exists()
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, capsys, tiny_folder, workdir):
+    def no_compiler(*_, **__):
+        raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\nand a page of more")
+
+    monkeypatch.setattr(sample, "generate", no_compiler)
+    with pytest.raises(SystemExit) as stop:
+        program(monkeypatch, "--model", tiny_folder, "--prompt", "x", "--compile", "--device", "cpu")
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith("error: --compile: No working C++ compiler found\n")
 
 
 def test_long_prompt_is_cut_with_a_warning(monkeypatch, capsys, tiny_folder, workdir):

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import unet as module
+from conftest import randn
 from ddpm import Schedule
 from unet import AutoencoderKL, Gaussian, StableDiffusion, UNet, make_schedule
 
@@ -33,10 +34,6 @@ VAE = dict(block_out_channels=[8, 16, 16, 24], layers_per_block=2, norm_num_grou
 PLAIN_VAE = dict(VAE, block_out_channels=[8, 16], layers_per_block=1, mid_block_add_attention=False,
                  down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
 PARTS = ["unet", "vae", "text_encoder", "image_encoder"]
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def randomise(net, dtype=torch.float64):
