@@ -267,7 +267,7 @@ DREAMBOOTH = {"steps": 200, "batch": 8, "lr": 1e-3, "class_images": 200}   # unl
 LARGE = {"steps": 800, "batch": 1}                                          # and for Stable Diffusion
 
 
-def dreambooth_task(sd, module, texts, z_0, z_pr, args):
+def dreambooth_task(sd, module, texts, z_0, z_pr, args, draws=64):
     """Section 3.2: each step a batch of photos and, if there are any, as many class pictures."""
     c_t = sd.encode_prompts(texts).float()   # (2, L, D)
 
@@ -282,7 +282,7 @@ def dreambooth_task(sd, module, texts, z_0, z_pr, args):
         return prior_preservation_loss(sd.unet, z_0[i], z_pr[j], t.to(z_0.device), eps.to(z_0), *encode(), sd.schedule,
                                        args.prior_weight)
 
-    def validate(draws=64):   # the first term alone: the same photos, t and ε at every call
+    def validate():   # the first term alone: the same photos, t and ε at every call
         shown, generator, c = z_0[torch.arange(draws) % len(z_0)], torch.Generator().manual_seed(1), encode()[0]
         parts = shown.split(validation_batch(z_0))
         return sum(noised_loss(sd, z, c.expand(len(z), -1, -1), None, generator).item() * len(z) for z in parts) / draws

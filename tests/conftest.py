@@ -35,9 +35,10 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def short_validation():
-    """Trainings validate on 16 photos instead of 192: most of the time of a training of two steps."""
+    """Validation on 16 photos instead of 192, or 64 of one person: most of the time of a training of two steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.fixed_validation, "__defaults__", (16,))
+        patch.setattr(train.dreambooth_task, "__defaults__", (16,))
         yield
 
 
