@@ -566,6 +566,9 @@ def test_table_has_the_papers_rows_then_controls_and_makes_none_twice(exam_folde
     monkeypatch.setattr(metrics, "generate", None)      # a second run makes no picture and trains nobody
     monkeypatch.setattr(metrics, "fine_tune", None)
     assert command(*TABLE)[0] == 0 and (exam_folder / "runs/table/table.md").read_text() == text
+    monkeypatch.setattr(metrics, "MAKERS", ("data",))   # other code: its pictures are not these
+    with pytest.raises(TypeError):
+        command(*TABLE)
 
 
 def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_nobody_trained_on(
