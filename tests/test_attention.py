@@ -6,23 +6,26 @@ import pytest
 import torch
 
 import attention as module
-from attention import CrossAttention, FeedForward, SpatialAttention, Transformer2D, attention, scaled_dot_product
+from attention import (
+    CrossAttention, FeedForward, SpatialAttention, Transformer2D, attention, scaled_dot_product,
+)  # fmt: skip
 from conftest import close, randn
 
 B, L, M, D = 2, 6, 5, 12
 
 
-def randomise(net):
+def randomise(net, seed=0):
     """Random weights everywhere (norms and biases too), so that no tensor can be mistaken for another."""
     for i, p in enumerate(net.parameters()):
-        p.data = randn(*p.shape, seed=i) / 3
+        p.data = randn(*p.shape, seed=seed + i) / 3
     return net.double().requires_grad_(False)
 
 
 def with_adapter():
-    attn = CrossAttention(8, D, heads=2, head_dim=3)
-    attn.to_k_ip, attn.to_v_ip = (torch.nn.Linear(D, 6, bias=False) for _ in range(2))
-    return randomise(attn)
+    attn = randomise(CrossAttention(8, D, heads=2, head_dim=3))
+    layers = [torch.nn.Linear(D, 6, bias=False) for _ in "kv"]
+    attn.image_kv = tuple(randomise(layer, seed) for seed, layer in enumerate(layers, 10))
+    return attn
 
 
 def test_attention_is_the_weighted_mean_of_v_by_softmax_of_qk_over_sqrt_d():
@@ -55,24 +58,27 @@ def test_cpu_training_takes_the_formula_and_inference_the_fused_kernel(monkeypat
 
 
 def test_eq3_adds_lambda_times_attention_to_image_tokens_before_the_output_projection():
-    attn, x, c_t, c_i = with_adapter(), randn(B, L, 8, seed=1), randn(B, M, D, seed=2), randn(B, 4, D, seed=3)
+    attn = with_adapter()
+    x, c_t, c_i = randn(B, L, 8, seed=1), randn(B, M, D, seed=2), randn(B, 4, D, seed=3)
+    to_k_ip, to_v_ip = attn.image_kv
 
-    def heads(z):
-        return z.reshape(B, -1, 2, 3).permute(0, 2, 1, 3)
+    def project(z, layer):
+        return (z @ layer.weight.T).reshape(B, -1, 2, 3).permute(0, 2, 1, 3)
 
-    W = {name: getattr(attn, name).weight.T for name in ("to_q", "to_k", "to_v", "to_k_ip", "to_v_ip")}
-    Q, K, V = heads(x @ W["to_q"]), heads(c_t @ W["to_k"]), heads(c_t @ W["to_v"])
-    Z = attention(Q, K, V) + 0.7 * attention(Q, heads(c_i @ W["to_k_ip"]), heads(c_i @ W["to_v_ip"]))
+    Q, K, V = project(x, attn.to_q), project(c_t, attn.to_k), project(c_t, attn.to_v)
+    K_ip, V_ip = project(c_i, to_k_ip), project(c_i, to_v_ip)
+    Z = attention(Q, K, V) + 0.7 * attention(Q, K_ip, V_ip)
     expected = Z.permute(0, 2, 1, 3).reshape(B, L, 6) @ attn.to_out[0].weight.T + attn.to_out[0].bias
     close(attn(x, c_t, c_i, lam=0.7), expected)
 
 
 def test_eq3_at_lam_zero_or_without_image_tokens_or_adapter_is_exactly_text_only():
-    attn, x, c_t, c_i = with_adapter(), randn(B, L, 8, seed=1), randn(B, M, D, seed=2), randn(B, 4, D, seed=3)
+    attn = with_adapter()
+    x, c_t, c_i = randn(B, L, 8, seed=1), randn(B, M, D, seed=2), randn(B, 4, D, seed=3)
     text_only = attn(x, c_t)
     assert not torch.equal(attn(x, c_t, c_i), text_only)
     assert torch.equal(attn(x, c_t, c_i, lam=0), text_only)
-    attn.to_k_ip = attn.to_v_ip = None
+    attn.image_kv = None
     assert torch.equal(attn(x, c_t, c_i), text_only)
 
 
@@ -81,10 +87,13 @@ def test_without_text_it_is_self_attention():
     assert torch.equal(attn(x), attn(x, x))
 
 
-def test_image_weights_are_no_part_of_the_checkpoint_until_attached():
+def test_image_weights_are_no_part_of_the_checkpoint_attached_or_not():
     names = {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}
-    assert set(CrossAttention(8, D, heads=2, head_dim=3).state_dict()) == names
-    assert set(with_adapter().state_dict()) == names | {"to_k_ip.weight", "to_v_ip.weight"}
+    without = CrossAttention(8, D, heads=2, head_dim=3)
+    assert without.image_kv is None
+    for attn in (without, with_adapter()):
+        assert set(attn.state_dict()) == names
+        assert {name for name, _ in attn.named_parameters()} == names
 
 
 def test_feed_forward_is_geglu_with_the_exact_gelu():
@@ -98,8 +107,8 @@ def test_feed_forward_is_geglu_with_the_exact_gelu():
 def test_transformer_equals_diffusers(linear):
     diffusers = pytest.importorskip("diffusers")
     theirs = randomise(diffusers.models.Transformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=16, cross_attention_dim=D, norm_num_groups=4,
-        use_linear_projection=linear))
+        num_attention_heads=2, attention_head_dim=8, in_channels=16, cross_attention_dim=D,
+        norm_num_groups=4, use_linear_projection=linear))
     ours = Transformer2D(16, heads=2, context_dim=D, groups=4, linear=linear).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x, c_t = randn(B, 16, 3, 5, seed=1), randn(B, M, D, seed=2)
@@ -110,8 +119,8 @@ def test_transformer_equals_diffusers(linear):
 
 def test_vae_attention_equals_diffusers():
     processor = pytest.importorskip("diffusers.models.attention_processor")
-    theirs = randomise(processor.Attention(16, heads=1, dim_head=16, norm_num_groups=4, eps=1e-6, bias=True,
-                                           residual_connection=True))
+    theirs = randomise(processor.Attention(
+        16, heads=1, dim_head=16, norm_num_groups=4, eps=1e-6, bias=True, residual_connection=True))
     ours = SpatialAttention(16, groups=4).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = randn(B, 16, 3, 5)

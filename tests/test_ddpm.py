@@ -1,4 +1,4 @@
-"""ddpm.py: equations 6–11 against closed forms, samplers against oracle models, diffusers and exact ODE solutions."""
+"""ddpm.py: equations 6–11 against closed forms; samplers against oracles, diffusers and the exact ODE."""
 
 import math
 
@@ -7,9 +7,13 @@ import torch
 
 import ddpm
 from conftest import close, randn
-from ddpm import Schedule, guide, p_step, predict_x0, q_sample, q_step, sample
+from ddpm import Schedule, guide, lookup, p_step, predict_x0, q_sample, q_step, sample
 
 SD = Schedule.stable_diffusion()
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def oracle(x_0, schedule=SD):
@@ -28,13 +32,14 @@ def curved_model(x, t):
 
 
 def test_schedules_have_the_published_numbers():
-    close(SD.beta[[0, -1]], torch.tensor([0.00085, 0.012], dtype=torch.float64))
-    close(SD.alpha_bar[[0, -1]], torch.tensor([0.99915, 0.00466], dtype=torch.float64), 5e-6)
-    close(SD.beta[500].sqrt(), (0.00085**0.5 * 499 + 0.012**0.5 * 500) / 999 * torch.ones((), dtype=torch.float64))
+    close(SD.beta[[0, -1]], numbers(0.00085, 0.012))
+    close(SD.alpha_bar[[0, -1]], numbers(0.99915, 0.00466), 5e-6)
+    close(SD.beta[[500]].sqrt(), numbers((0.00085**0.5 * 499 + 0.012**0.5 * 500) / 999))
     linear = Schedule.ddpm()
-    close(linear.beta[[0, 500, -1]], torch.tensor([1e-4, 1e-4 + 0.0199 * 500 / 999, 0.02], dtype=torch.float64))
+    close(linear.beta[[0, 500, -1]], numbers(1e-4, 1e-4 + 0.0199 * 500 / 999, 0.02))
     close(linear.alpha_bar[2], (1 - linear.beta[0]) * (1 - linear.beta[1]) * (1 - linear.beta[2]))
-    assert all(table.dtype == torch.float64 and table.shape == (1000,) for table in (SD.beta, SD.alpha, SD.alpha_bar))
+    for table in (SD.beta, SD.alpha, SD.alpha_bar):
+        assert table.dtype == torch.float64 and table.shape == (1000,)
 
 
 @pytest.mark.parametrize("beta", [[0.1, 1.0], [0.0, 0.1], [float("nan")], [[0.1]]])
@@ -43,8 +48,20 @@ def test_impossible_beta_is_refused(beta):
         Schedule(beta)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 4, 4)])
+def test_lookup_broadcasts_a_table_over_every_shape_of_x(shape):
+    table = numbers(10, 20, 30, 40)
+    x = torch.zeros(shape)
+    rows = lookup(table, torch.tensor([3, 0, 1]), x)
+    assert rows.dtype == x.dtype and rows.ndim == x.ndim
+    for row, value in zip(x + rows, (40, 10, 20)):
+        assert (row == value).all()
+    assert (x + lookup(table, 2, x) == 30).all()
+
+
 def test_eq6_closed_form():
-    close(q_step(torch.tensor([3.0]), 1, torch.tensor([-2.0]), Schedule([0.5, 0.19])), torch.tensor([0.9 * 3 - 0.19**0.5 * 2]), 1e-6)
+    x_t = q_step(numbers(3), 1, numbers(-2), Schedule([0.5, 0.19]))
+    close(x_t, numbers(0.9 * 3 - 0.19**0.5 * 2))
     x, eps, t = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1), torch.tensor([0, 400, 999])
     for row, step in enumerate(t.tolist()):
         expected = (1 - SD.beta[step]).sqrt() * x[row] + SD.beta[step].sqrt() * eps[row]
@@ -52,11 +69,15 @@ def test_eq6_closed_form():
         close(q_step(x, step, eps, SD)[row], expected)
 
 
+def assert_standard_normal(z):
+    moments = torch.stack([z.mean(), z.var(), (z**4).mean()])
+    close(moments, numbers(0, 1, 3), 0.02)
+
+
 def test_eq7_step_is_gaussian_with_mean_sqrt_alpha_x_and_variance_beta():
     x = torch.full((400_000,), 2.0, dtype=torch.float64)
     x_t = q_step(x, 1, randn(400_000), Schedule([0.5, 0.3]))
-    z = (x_t - 0.7**0.5 * 2) / 0.3**0.5  # standard normal: mean, variance, kurtosis
-    close(torch.stack([z.mean(), z.var(), (z**4).mean()]), torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64), 0.02)
+    assert_standard_normal((x_t - 0.7**0.5 * 2) / 0.3**0.5)
 
 
 def test_eq8_marginal_equals_iterated_eq6():
@@ -72,8 +93,8 @@ def test_eq8_marginal_equals_iterated_eq6():
 
 def test_eq9_marginal_is_gaussian_with_mean_sqrt_alpha_bar_x0_and_variance_1_minus_alpha_bar():
     x_0 = torch.full((400_000,), 2.0, dtype=torch.float64)
-    z = (q_sample(x_0, 1, randn(400_000), Schedule([0.5, 0.3])) - 0.35**0.5 * 2) / 0.65**0.5
-    close(torch.stack([z.mean(), z.var(), (z**4).mean()]), torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64), 0.02)
+    x_t = q_sample(x_0, 1, randn(400_000), Schedule([0.5, 0.3]))  # ᾱ = 0.5·0.7
+    assert_standard_normal((x_t - 0.35**0.5 * 2) / 0.65**0.5)
     x, eps, t = randn(3, 2, 4), randn(3, 2, 4, seed=1), torch.tensor([0, 400, 999])
     for row, step in enumerate(t.tolist()):
         close(q_sample(x, t, eps, SD)[row], q_sample(x[row], step, eps[row], SD))
@@ -95,11 +116,18 @@ def test_eq10_mean_is_the_bayes_posterior(t):
 
 
 def test_eq10_noise_has_variance_beta_and_is_absent_at_t_0():
-    x, eps, noise, t = randn(3, 2, 4), randn(3, 2, 4, seed=1), randn(3, 2, 4, seed=2), torch.tensor([0, 1, 999])
+    x, eps, noise = randn(3, 2, 4), randn(3, 2, 4, seed=1), randn(3, 2, 4, seed=2)
+    t = torch.tensor([0, 1, 999])
     added = p_step(x, t, eps, noise, SD) - p_step(x, t, eps, 0 * noise, SD)
-    close(added, torch.tensor([0, SD.beta[1] ** 0.5, SD.beta[999] ** 0.5])[:, None, None] * noise)
+    std = numbers(0, SD.beta[1] ** 0.5, SD.beta[999] ** 0.5)
+    close(added, std[:, None, None] * noise)
     close(p_step(x, 0, eps, noise, SD), predict_x0(x, 0, eps, SD))
     assert SD.beta[0] > 0
+
+
+def test_eq10_noise_left_out_at_t_0_would_have_the_sizes_that_p_step_names():
+    assert round(SD.beta[0].sqrt().item(), 2) == 0.03
+    assert round(SD.shorten(ddpm.leading(1000, 50)).beta[0].sqrt().item(), 2) == 0.04
 
 
 def test_eq10_parity_with_diffusers():
@@ -125,6 +153,34 @@ def test_time_steps_are_the_published_ones():
     assert ddpm.linspace(1000, 20) == [round(49.95 * i) for i in range(1, 21)]
 
 
+def test_time_steps_of_the_docstrings_examples():
+    assert ddpm.leading(10, 3) == [1, 4, 7]
+    assert ddpm.linspace(10, 3) == [3, 6, 9]
+    for steps, first in ((7, 853), (600, 600), (1, 1)):  # the first step a sampler visits
+        assert ddpm.leading(1000, steps)[-1] == first
+
+
+def test_a_shortened_schedule_keeps_alpha_bar_and_makes_longer_strides():
+    schedule = Schedule.stable_diffusion(10)
+    short = schedule.shorten([1, 4, 7])
+    alpha_bar = schedule.alpha_bar
+    close(short.alpha_bar, alpha_bar[[1, 4, 7]])
+    close(short.alpha, torch.stack([alpha_bar[1], alpha_bar[4] / alpha_bar[1], alpha_bar[7] / alpha_bar[4]]))
+    close(schedule.shorten(list(range(10))).beta, schedule.beta)
+
+
+def test_samplers_tell_the_model_the_long_schedules_time_steps():
+    visited = {}
+    for sampler in ddpm.SAMPLERS:
+
+        def eps_fn(x_t, t):
+            visited.setdefault(sampler, []).append(t)
+            return x_t
+
+        sample(eps_fn, randn(1), Schedule.stable_diffusion(10), 3, sampler, progress=False)
+    assert visited == {"ddpm": [7, 4, 1], "ddim": [7, 4, 1], "dpm": [9, 6, 3]}
+
+
 @pytest.mark.parametrize("spacing", [ddpm.leading, ddpm.linspace])
 def test_every_number_of_steps_has_distinct_valid_time_steps(spacing):
     for steps in range(1, 1001):
@@ -147,9 +203,13 @@ def test_oracle_model_gives_x0_back(steps):
 @pytest.mark.parametrize("sampler, bound", [("ddpm", 0.03), ("ddim", 0.04), ("dpm", 0.02)])
 def test_gaussian_data_come_out_with_their_own_spread(sampler, bound, std, steps):
     schedule = Schedule.ddpm()
-    x_T, generator = randn(10_000), torch.Generator().manual_seed(2)
-    x = sample(gaussian_model(std, schedule), x_T / x_T.std(), schedule, steps, sampler, generator, progress=False)
-    bound = bound + (2.5 / steps if sampler != "dpm" else 0)  # eq. 10 and DDIM are first-order methods
+    model = gaussian_model(std, schedule)
+    x_T = randn(10_000)
+    x_T = x_T / x_T.std()
+    generator = torch.Generator().manual_seed(2)
+    x = sample(model, x_T, schedule, steps, sampler, generator, progress=False)
+    if sampler != "dpm":
+        bound = bound + 2.5 / steps  # eq. 10 and DDIM are first-order methods
     assert abs(x.std() / std - 1) < bound
 
 
@@ -180,7 +240,8 @@ def test_ddpm_with_all_steps_is_eq10_iterated():
     for t in reversed(range(40)):
         noise = torch.randn(2, 3, generator=generator, dtype=torch.float64)
         expected = p_step(expected, t, curved_model(expected, t), noise, schedule)
-    close(sample(curved_model, x, schedule, 40, "ddpm", torch.Generator().manual_seed(5), progress=False), expected)
+    generator = torch.Generator().manual_seed(5)
+    close(sample(curved_model, x, schedule, 40, "ddpm", generator, progress=False), expected)
 
 
 @pytest.mark.parametrize("steps", [7, 50])
@@ -255,8 +316,9 @@ def test_dpm_parity_with_diffusers(steps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equations_answer_in_the_dtype_of_x(dtype):
     x, eps, t = randn(3, 2).to(dtype), randn(3, 2, seed=1).to(dtype), torch.tensor([0, 400, 999])
-    for y in (q_step(x, t, eps, SD), q_sample(x, t, eps, SD), p_step(x, t, eps, eps, SD), predict_x0(x, t, eps, SD)):
-        assert y.dtype == dtype
+    for equation in (q_step, q_sample, predict_x0):
+        assert equation(x, t, eps, SD).dtype == dtype
+    assert p_step(x, t, eps, eps, SD).dtype == dtype
 
 
 @pytest.mark.parametrize("sampler", list(ddpm.SAMPLERS))
@@ -264,7 +326,8 @@ def test_equations_answer_in_the_dtype_of_x(dtype):
 def test_sampling_is_reproducible_and_keeps_the_dtype(sampler, dtype):
     def run(seed):
         x_T = torch.ones(1, 2, 3, dtype=dtype)
-        return sample(curved_model, x_T, SD, 4, sampler, torch.Generator().manual_seed(seed), progress=False)
+        generator = torch.Generator().manual_seed(seed)
+        return sample(curved_model, x_T, SD, 4, sampler, generator, progress=False)
 
     assert run(1).dtype == dtype and torch.equal(run(1), run(1))
     assert torch.equal(run(1), run(2)) == (sampler != "ddpm")

@@ -1,28 +1,32 @@
-"""dreambooth.py: the loss of section 3.2 in both forms, class pictures, LoRA, and training from the command line."""
+"""dreambooth.py: both forms of the loss of section 3.2, class pictures, LoRA, and training as a program."""
 
-import argparse
 import re
 import shutil
 import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
 import dreambooth
 import train
 from conftest import randn
+from data import ToyFaces
 from ddpm import Schedule, predict_x0, q_sample
 from ip_adapter import adapter_loss
+from support.pictures import load_image, picture_files, to_tensor
 from unet import StableDiffusion, UNet
 
 SCHEDULE = Schedule.stable_diffusion()
-CONFIG = dict(sample_size=8, block_out_channels=[8, 16], layers_per_block=1, cross_attention_dim=12, attention_head_dim=2,
-              norm_num_groups=4, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-              up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
+CONFIG = dict(
+    sample_size=8, block_out_channels=[8, 16], layers_per_block=1, cross_attention_dim=12,
+    attention_head_dim=2, norm_num_groups=4, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
 
 
 @pytest.fixture
@@ -34,15 +38,19 @@ def unet():
 @pytest.fixture
 def batch():
     """Three photos, two class pictures, their t and ε, and both prompts."""
+    z_0 = randn(3, 4, 8, 8)
+    z_pr = randn(2, 4, 8, 8, seed=1)
     t = torch.tensor([0, 400, 999, 7, 650])
-    z_0, z_pr, eps = randn(3, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(5, 4, 8, 8, seed=2)
-    return z_0, z_pr, t, eps, randn(1, 6, 12, seed=3), randn(1, 6, 12, seed=4)
+    eps = randn(5, 4, 8, 8, seed=2)
+    c = randn(1, 6, 12, seed=3)
+    c_pr = randn(1, 6, 12, seed=4)
+    return z_0, z_pr, t, eps, c, c_pr
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("person")
-    for k, photo in enumerate(data.ToyFaces(1, photos=3, seed=9).people[0].photos):
+    for k, photo in enumerate(ToyFaces(1, photos=3, seed=9).people[0].photos):
         photo.image.resize((80, 100)).save(folder / f"{k}.jpg")
     return folder
 
@@ -50,7 +58,7 @@ def photos(tmp_path_factory):
 def gradients(unet, loss):
     unet.zero_grad()
     loss.backward()
-    return torch.cat([p.grad.flatten() for p in unet.parameters()])
+    return torch.cat([weight.grad.flatten() for weight in unet.parameters()])
 
 
 def program(monkeypatch, *words):
@@ -58,23 +66,35 @@ def program(monkeypatch, *words):
     train.run(train.main)
 
 
-# The loss
+# ---------------------------------------------------------------- the loss
+
 
 def test_x_form_is_the_papers_formula():
     x, eps, eps_hat = (randn(3, 2, 4, 4, seed=k) for k in range(3))
-    t, w_t = torch.tensor([0, 500, 999]), randn(1000, seed=3).square()
+    t = torch.tensor([0, 500, 999])
+    w_t = randn(1000, seed=3).square()
     x_hat = predict_x0(q_sample(x, t, eps, SCHEDULE), t, eps_hat, SCHEDULE)
     paper = (w_t[t] * (x_hat - x).square().mean(dim=(1, 2, 3))).mean()
-    torch.testing.assert_close(dreambooth.x0_loss(eps_hat, eps, t, SCHEDULE, w_t), paper, rtol=1e-11, atol=0)
+    ours = dreambooth.x0_loss(eps_hat, eps, t, SCHEDULE, w_t)
+    torch.testing.assert_close(ours, paper, rtol=1e-11, atol=0)
 
 
 def test_x_form_with_w_t_equals_eps_form_in_values_and_gradients():
-    eps, t, results = randn(3, 2, 4, 4), torch.tensor([0, 500, 999]), []
-    for form in (lambda e: dreambooth.x0_loss(e, eps, t, SCHEDULE, dreambooth.snr(SCHEDULE)),
-                 lambda e: (eps - e).square().mean()):
+    eps = randn(3, 2, 4, 4)
+    t = torch.tensor([0, 500, 999])
+
+    def x_form(eps_hat):
+        return dreambooth.x0_loss(eps_hat, eps, t, SCHEDULE, dreambooth.snr(SCHEDULE))
+
+    def eps_form(eps_hat):
+        return (eps - eps_hat).square().mean()
+
+    results = []
+    for form in (x_form, eps_form):
         eps_hat = randn(3, 2, 4, 4, seed=1).requires_grad_()
         loss = form(eps_hat)
-        results.append((loss.detach(), *torch.autograd.grad(loss, eps_hat)))
+        (gradient,) = torch.autograd.grad(loss, eps_hat)
+        results.append((loss.detach(), gradient))
     torch.testing.assert_close(*results, rtol=1e-12, atol=0)
 
 
@@ -82,10 +102,11 @@ def test_prior_preservation_is_two_eps_losses_in_one_batch(unet, batch):
     z_0, z_pr, t, eps, c, c_pr = batch
     calls = []
     unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    ours = dreambooth.prior_preservation_loss(unet, *batch, SCHEDULE, lam=0.3)
+    ours = dreambooth.prior_preservation_loss(unet, *batch, SCHEDULE, prior_weight=0.3)
     assert calls == [5]
-    theirs = adapter_loss(unet, z_0, t[:3], eps[:3], c.expand(3, -1, -1), None, SCHEDULE)
-    theirs = theirs + 0.3 * adapter_loss(unet, z_pr, t[3:], eps[3:], c_pr.expand(2, -1, -1), None, SCHEDULE)
+    person = adapter_loss(unet, z_0, t[:3], eps[:3], c.expand(3, -1, -1), None, SCHEDULE)
+    prior = adapter_loss(unet, z_pr, t[3:], eps[3:], c_pr.expand(2, -1, -1), None, SCHEDULE)
+    theirs = person + 0.3 * prior
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=0)
     torch.testing.assert_close(gradients(unet, ours), gradients(unet, theirs), rtol=1e-8, atol=1e-12)
 
@@ -93,25 +114,28 @@ def test_prior_preservation_is_two_eps_losses_in_one_batch(unet, batch):
 def test_lambda_zero_is_plain_fine_tuning(unet, batch):
     z_0, z_pr, t, eps, c, c_pr = batch
     plain = adapter_loss(unet, z_0, t[:3], eps[:3], c.expand(3, -1, -1), None, SCHEDULE)
-    weightless = dreambooth.prior_preservation_loss(unet, *batch, SCHEDULE, lam=0)
-    without = dreambooth.prior_preservation_loss(unet, z_0, z_pr[:0], t[:3], eps[:3], c, c_pr, SCHEDULE)
+    weightless = dreambooth.prior_preservation_loss(unet, *batch, SCHEDULE, prior_weight=0)
+    none = z_pr[:0]
+    without = dreambooth.prior_preservation_loss(unet, z_0, none, t[:3], eps[:3], c, c_pr, SCHEDULE)
     wanted = gradients(unet, plain)
     for loss in (weightless, without):
         torch.testing.assert_close(loss, plain, rtol=1e-11, atol=0)
         torch.testing.assert_close(gradients(unet, loss), wanted, rtol=1e-8, atol=1e-12)
 
 
-# Prompts and pictures
+# ---------------------------------------------------------------- prompts and pictures
+
 
 def test_prompts_are_the_papers():
-    assert dreambooth.prompts("[V]", "man") == ["a [V] man", "a man"]
+    assert dreambooth.write_prompts("[V]", "man") == ["a [V] man", "a man"]
 
 
-def test_identifier_of_several_tokens_is_warned_of_by_name(tiny_folder):
-    tokenizer = StableDiffusion.load(tiny_folder).tokenizer
+def test_identifier_of_several_tokens_is_warned_of_by_name(tiny_model):
+    tokenizer = tiny_model.tokenizer
     tokens = [token.removesuffix("</w>") for token in tokenizer.tokenize("photohat")]
     assert len(tokens) > 1 and "".join(tokens) == "photohat"
-    with pytest.warns(UserWarning, match=re.escape(f"'photohat' into {len(tokens)} tokens, {' + '.join(tokens)},")):
+    says = re.escape(f"'photohat' into {len(tokens)} tokens, {' + '.join(tokens)},")
+    with pytest.warns(UserWarning, match=says):
         dreambooth.check_identifier(tokenizer, "photohat")
     with warnings.catch_warnings(action="error"):
         dreambooth.check_identifier(tokenizer, "photo")
@@ -121,87 +145,99 @@ def test_identifier_of_several_tokens_is_warned_of_by_name(tiny_folder):
 
 def test_photo_folders_that_are_no_use_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder"):
-        data.picture_files(tmp_path / "nowhere")
+        picture_files(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="no pictures"):
-        data.picture_files(tmp_path)
+        picture_files(tmp_path)
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.jpg: not a readable picture"):
-        dreambooth.latents(StableDiffusion(UNet(**CONFIG), *[type("", (), {"config": {"block_out_channels": [1]}})] * 3),
-                           data.picture_files(tmp_path), None)
+        dreambooth.encode_files(SimpleNamespace(image_size=8), picture_files(tmp_path), None)
 
 
-def test_latents_are_those_of_the_photos_one_by_one(tiny_folder, photos):
-    sd, files = StableDiffusion.load(tiny_folder), data.picture_files(photos)
-    z_0 = dreambooth.latents(sd, files, None, batch=2)
-    alone = [sd.encode_latents(data.to_tensor([data.load_image(file, 64)])) for file in files]
+def test_latents_are_those_of_the_photos_one_by_one(tiny_model, photos):
+    files = picture_files(photos)
+    z_0 = dreambooth.encode_files(tiny_model, files, None, batch=2)
+    alone = [tiny_model.encode_latents(to_tensor([load_image(file, 64)])) for file in files]
     torch.testing.assert_close(z_0, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
-def test_only_missing_class_pictures_are_made_each_from_its_own_seed(tiny_folder, tmp_path, monkeypatch):
-    sd, made = StableDiffusion.load(tiny_folder), []
+def test_only_missing_class_pictures_are_made_each_from_its_own_seed(tiny_model, tmp_path, monkeypatch):
+    made = []
 
     def generate(sd, c_t, null_c_t, w, steps, seed):
-        made.append((seed, len(c_t)))
-        torch.testing.assert_close(c_t, sd.encode_prompts(["a person"]).expand(len(c_t), -1, -1))
-        assert w == 1 and null_c_t is None   # the model's own distribution: no guidance
-        return torch.stack([torch.full((3, 4, 4), (seed + k) / 127.5 - 1) for k in range(len(c_t))])
+        n = len(c_t)
+        made.append((seed, n))
+        torch.testing.assert_close(c_t, sd.encode_prompts(["a person"]).expand(n, -1, -1))
+        assert w == 1 and null_c_t is None  # the model's own distribution: no guidance
+        return torch.stack([torch.full((3, 4, 4), (seed + k) / 127.5 - 1) for k in range(n)])
+
+    def make(count, batch=4):
+        made.clear()
+        return dreambooth.make_class_images(tiny_model, "a person", tmp_path, count, seed=100, batch=batch)
+
+    def colours(files):
+        return [load_image(file).getpixel((0, 0))[0] for file in files]
 
     monkeypatch.setattr(dreambooth, "generate", generate)
-    files = dreambooth.class_images(sd, "a person", tmp_path, 6, seed=100, batch=4)
+    files = make(6)
     assert made == [(100, 4), (104, 2)]
-    assert [data.load_image(file).getpixel((0, 0))[0] for file in files] == [100, 101, 102, 103, 104, 105]
+    assert colours(files) == [100, 101, 102, 103, 104, 105]
     for k in (1, 2, 5):
         files[k].unlink()
-    made.clear()
-    assert dreambooth.class_images(sd, "a person", tmp_path, 7, seed=100, batch=4)[:6] == files
+    assert make(7)[:6] == files
     assert made == [(101, 2), (105, 2)]
-    assert [data.load_image(file).getpixel((0, 0))[0] for file in files] == [100, 101, 102, 103, 104, 105]
-    made.clear()
-    assert dreambooth.class_images(sd, "a person", tmp_path, 6, seed=100) == files and made == []
-    with torch.autocast("cpu", torch.bfloat16):   # other numbers
-        assert dreambooth.class_images(sd, "a person", tmp_path, 1, seed=100) != files[:1]
-    made.clear()
-    sd.unet.conv_out.weight.data += 0.1       # another model: nothing of the old one's is taken
-    assert dreambooth.class_images(sd, "a person", tmp_path, 1, seed=100) != files[:1] and made == [(100, 1)]
+    assert colours(files) == [100, 101, 102, 103, 104, 105]
+    assert make(6) == files and made == []
+    with torch.autocast("cpu", torch.bfloat16):  # other numbers
+        assert make(1) != files[:1]
+    weight = tiny_model.unet.conv_out.weight
+    monkeypatch.setattr(weight, "data", weight.data + 0.1)  # nothing of another model is taken
+    assert make(1) != files[:1] and made == [(100, 1)]
 
 
-# LoRA
+# ---------------------------------------------------------------- LoRA
+
 
 def run_unet(unet, batch):
-    return unet(batch[0], batch[2][:3], batch[4].expand(3, -1, -1))
+    z_0, z_pr, t, eps, c, c_pr = batch
+    return unet(z_0, t[:3], c.expand(3, -1, -1))
 
 
 def test_lora_starts_exactly_at_the_base_model_and_trains_alone(unet, batch):
+    unet.requires_grad_(False)  # PyTorch rounds otherwise if W wants a gradient
     with torch.no_grad():
-        before = run_unet(unet.requires_grad_(False), batch)   # PyTorch rounds otherwise if W wants a gradient
+        before = run_unet(unet, batch)
         updates = dreambooth.add_lora(unet, 2)
         assert torch.equal(run_unet(unet, batch), before)
-    trained = {id(p) for p in unet.parameters() if p.requires_grad}
-    assert trained == {id(p) for p in updates.parameters()} and len(trained) == 2 * 8 * 4   # A, B; 8 layers a block; 4 blocks
+    trained = {id(weight) for weight in unet.parameters() if weight.requires_grad}
+    assert trained == {id(weight) for weight in updates.parameters()}
+    assert len(trained) == 2 * 8 * 4  # A and B; 8 layers a block; 4 blocks
     run_unet(unet, batch).square().sum().backward()
-    assert all(low.B.grad.abs().sum() > 0 for low in updates)
+    assert all(update.B.grad.abs().sum() > 0 for update in updates)
 
 
 def test_lora_is_w_plus_alpha_over_r_times_b_a():
     W = randn(5, 7)
-    low = dreambooth.LowRank(W, rank=3, alpha=6)
-    assert low.A.shape == (3, 7) and low.B.abs().sum() == 0 and 0.2 < low.A.abs().max() * 7**0.5 <= 1
-    low.B.data = randn(5, 3, seed=1)
+    update = dreambooth.LowRank(W, rank=3, alpha=6)
+    assert update.A.shape == (3, 7) and update.B.abs().sum() == 0
+    assert 0.2 < update.A.abs().max() * 7**0.5 <= 1
+    update.B.data = randn(5, 3, seed=1)
     x = randn(2, 7, seed=2)
-    torch.testing.assert_close(x @ low(W).T, x @ W.T + 6 / 3 * (x @ low.A.T) @ low.B.T, rtol=1e-12, atol=1e-12)
+    expected = x @ W.T + 6 / 3 * (x @ update.A.T) @ update.B.T
+    torch.testing.assert_close(x @ update(W).T, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="rank"):
         dreambooth.add_lora(UNet(**CONFIG), 0)
 
 
 @pytest.fixture(scope="module")
 def lora(tiny_folder, tmp_path_factory):
-    """The tiny model with random updates of rank 3, α = 6, and their file."""
-    sd, path = StableDiffusion.load(tiny_folder), tmp_path_factory.mktemp("lora") / "pytorch_lora_weights.safetensors"
-    for k, low in enumerate(dreambooth.add_lora(sd.unet, 3, alpha=6)):
-        low.B.data = 0.3 * randn(*low.B.shape, seed=k).float()
-    dreambooth.save_lora(sd.unet, path)
-    return sd.unet, path
+    """The tiny model's UNet with random updates of rank 3, α = 6, and their file."""
+    unet = StableDiffusion.load(tiny_folder).unet
+    path = tmp_path_factory.mktemp("lora") / "pytorch_lora_weights.safetensors"
+    for k, update in enumerate(dreambooth.add_lora(unet, 3, alpha=6)):
+        update.B.data = 0.3 * randn(*update.B.shape, seed=k).float()
+    dreambooth.save_lora(unet, path)
+    return unet, path
 
 
 INPUT = randn(2, 4, 16, 16).float(), torch.tensor([3, 800]), randn(2, 5, 128, seed=1).float()
@@ -209,113 +245,154 @@ INPUT = randn(2, 4, 16, 16).float(), torch.tensor([3, 800]), randn(2, 5, 128, se
 
 @torch.no_grad()
 def test_lora_merges_exactly(lora, tiny_folder):
+    unet, path = lora
     sd = StableDiffusion.load(tiny_folder)
     before = sd.unet.requires_grad_(False)(*INPUT)
-    dreambooth.load_lora(lora[1], sd)
-    assert torch.equal(sd.unet(*INPUT), lora[0](*INPUT)) and not torch.allclose(sd.unet(*INPUT), before, atol=1e-2)
+    dreambooth.load_lora(path, sd)
+    assert torch.equal(sd.unet(*INPUT), unet(*INPUT))
+    assert not torch.allclose(sd.unet(*INPUT), before, atol=1e-2)
 
 
 @torch.no_grad()
 def test_diffusers_opens_our_lora(lora, tiny_folder):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
+    unet, path = lora
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
-    pipe.load_lora_weights(lora[1].parent)
-    torch.testing.assert_close(pipe.unet(*INPUT).sample, lora[0](*INPUT), rtol=1e-4, atol=1e-4)
+    pipe.load_lora_weights(path.parent)
+    torch.testing.assert_close(pipe.unet(*INPUT).sample, unet(*INPUT), rtol=1e-4, atol=1e-4)
     assert len(pipe.get_list_adapters()["unet"]) == 1
 
 
 @torch.no_grad()
 def test_we_open_diffusers_lora_with_its_alpha(tiny_folder, tmp_path):
-    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    peft = pytest.importorskip("peft")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    config = peft.LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    pipe.unet.add_adapter(config)
+    tensors = peft.get_peft_model_state_dict(pipe.unet)
     metadata = pipe.unet.peft_config["default"].to_dict()
-    pipe.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(pipe.unet), unet_lora_adapter_metadata=metadata)
+    pipe.save_lora_weights(tmp_path, tensors, unet_lora_adapter_metadata=metadata)
     sd = StableDiffusion.load(tiny_folder)
     dreambooth.load_lora(tmp_path / "pytorch_lora_weights.safetensors", sd)
     torch.testing.assert_close(sd.unet(*INPUT), pipe.unet(*INPUT).sample, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_that_does_not_fit_changes_nothing(lora, tmp_path):
-    sd = type("", (), {"unet": UNet(**CONFIG)})
-    before = {name: x.clone() for name, x in sd.unet.state_dict().items()}
+    sd = SimpleNamespace(unet=UNet(**CONFIG))
+    before = {name: tensor.clone() for name, tensor in sd.unet.state_dict().items()}
+    bad = tmp_path / "bad.safetensors"
     good = load_file(lora[1])
     name = min(good)
-    for tensors, says in ((good, name), ({}, "no tensors"), ({name: good[name]}, name), ({"te.x": good[name]}, "te.x")):
-        save_file(tensors, tmp_path / "bad.safetensors")
+    cases = ((good, name), ({}, "no tensors"), ({name: good[name]}, name), ({"te.x": good[name]}, "te.x"))
+    for tensors, says in cases:
+        save_file(tensors, bad)
         with pytest.raises(ValueError, match=says):
-            dreambooth.load_lora(tmp_path / "bad.safetensors", sd)
-    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+            dreambooth.load_lora(bad, sd)
+    bad.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a readable LoRA"):
-        dreambooth.load_lora(tmp_path / "bad.safetensors", sd)
-    assert all(torch.equal(x, before[name]) for name, x in sd.unet.state_dict().items())
+        dreambooth.load_lora(bad, sd)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sd.unet.state_dict().items())
 
 
-# The program
+# ---------------------------------------------------------------- the program
+
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    """Two steps for every picture instead of thirty."""
+    """One step for every picture, not thirty."""
     real = dreambooth.generate
+
+    def generate(*args, **settings):
+        return real(*args, **{**settings, "steps": 1})
+
     for module in (dreambooth, train):
-        monkeypatch.setattr(module, "generate", lambda *args, **kw: real(*args, **{**kw, "steps": 2}))
+        monkeypatch.setattr(module, "generate", generate)
 
 
-def changed(folder, before, part):
-    a, b = (StableDiffusion.load(x) for x in (folder, before))
-    a, b = getattr(a, part).state_dict(), getattr(b, part).state_dict()
-    return [name for name in a if not torch.equal(a[name], b[name])]
+def find_changed(part, folder, before):
+    """The names of the tensors that differ between two checkpoints."""
+    a = load_file(Path(folder, part, FILES[part]))
+    b = load_file(Path(before, part, FILES[part]))
+    return [name for name in b if not torch.equal(a[name], b[name])]
 
 
-WORDS = ["--noun", "person", "--batch", 2, "--every", 2, "--precision", "fp32", "--class-images", 2, "--lr", 1e-2, "--out", "run"]
+FILES = dict(unet="diffusion_pytorch_model.safetensors", vae="diffusion_pytorch_model.safetensors",
+             text_encoder="model.safetensors")
+WORDS = ["--noun", "person", "--batch", 2, "--every", 2, "--precision", "fp32", "--class-images", 2,
+         "--lr", 1e-2, "--out", "run"]
 
 
 def interrupt_once(monkeypatch):
     """Ctrl-C in the first step of the next training."""
-    interrupted = iter([True, True])   # it is asked twice a step
-    monkeypatch.setattr(train, "interruptible", lambda: nullcontext(lambda: next(interrupted, False)))
+    presses = iter([True])
+    monkeypatch.setattr(train, "interruptible", lambda: nullcontext(lambda: next(presses, False)))
 
 
 @pytest.mark.parametrize("text", [False, True])
 def test_full_fine_tune_trains_what_it_says_resumes_exactly_and_leaves_a_checkpoint(
         text, tiny_folder, photos, workdir, monkeypatch, few_steps):
-    words = ["--model", tiny_folder, "--images", photos, *WORDS] + ["--train-text-encoder"] * text
-    program(monkeypatch, *words, "--steps", 2)
-    whole = {part: StableDiffusion.load("run").__dict__[part].state_dict() for part in ("unet", "text_encoder")}
-    assert sorted(p.name for p in (workdir / "run").iterdir() if not p.name.startswith("class-")) == sorted(
-        ["dreambooth.csv", "dreambooth.pt", "samples.png", "model_index.json", "unet", "vae", "text_encoder", "tokenizer",
-         "image_encoder", "feature_extractor", "scheduler"])
-    assert len(list((workdir / "run").glob("class-*/*.png"))) == 2
-    assert changed("run", tiny_folder, "vae") == [] and bool(changed("run", tiny_folder, "text_encoder")) == text
-    assert len(changed("run", tiny_folder, "unet")) > 100
+    words = ["--model", tiny_folder, "--images", photos, "--steps", 2, *WORDS]
+    words += ["--train-text-encoder"] * text
+    program(monkeypatch, *words)
+    names = [path.name for path in Path("run").iterdir() if not path.name.startswith("class-")]
+    assert sorted(names) == sorted([
+        "dreambooth.csv", "dreambooth.pt", "curve.png", "samples.png", "model_index.json", "unet", "vae",
+        "text_encoder", "tokenizer", "image_encoder", "feature_extractor", "scheduler"])
+    assert len(list(Path("run").glob("class-*/*.png"))) == 2
+    for name in ("curve.png", "samples.png"):
+        assert Image.open(f"run/{name}").width > 500
+    assert find_changed("vae", "run", tiny_folder) == []
+    assert bool(find_changed("text_encoder", "run", tiny_folder)) == text
+    assert len(find_changed("unet", "run", tiny_folder)) > 100
     state = torch.load("run/dreambooth.pt", weights_only=True)
-    assert {name.split(".")[0] for name in state["module"]} == {"unet"} | ({"text_encoder"} if text else set())
+    networks = {"unet", "text_encoder"} if text else {"unet"}
+    assert {name.split(".")[0] for name in state["module"]} == networks
 
     interrupt_once(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
-        program(monkeypatch, *words, "--steps", 2)
-    assert stopped.value.code == 130 and torch.load("run/dreambooth.pt", weights_only=True)["step"] == 1
-    program(monkeypatch, *words, "--steps", 2, "--resume")
-    for part, tensors in whole.items():
-        again = StableDiffusion.load("run").__dict__[part].state_dict()
-        assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+        program(monkeypatch, *words)
+    assert stopped.value.code == 130
+    assert torch.load("run/dreambooth.pt", weights_only=True)["step"] == 1
+    program(monkeypatch, *words, "--resume")
+    again = torch.load("run/dreambooth.pt", weights_only=True)
+    for name, tensor in state["module"].items():
+        assert torch.equal(again["module"][name], tensor), name
 
 
 def test_diffusers_opens_a_fine_tune(tiny_folder, photos, workdir, monkeypatch, few_steps):
     diffusers = pytest.importorskip("diffusers")
     program(monkeypatch, "--model", tiny_folder, "--images", photos, *WORDS, "--steps", 1)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("run", safety_checker=None)
-    sd, (x_t, t, c_t) = StableDiffusion.load("run"), INPUT
-    torch.testing.assert_close(pipe.unet.float()(x_t, t, c_t).sample, sd.unet(x_t, t, c_t), rtol=1e-4, atol=1e-4)
-    assert pipe.tokenizer("a photo of a sks person").input_ids == sd.tokenizer("a photo of a sks person").input_ids
+    sd = StableDiffusion.load("run")
+    theirs = pipe.unet.float()(*INPUT).sample
+    torch.testing.assert_close(theirs, sd.unet(*INPUT), rtol=1e-4, atol=1e-4)
+    prompt = "a photo of a sks person"
+    assert pipe.tokenizer(prompt).input_ids == sd.tokenizer(prompt).input_ids
 
 
-def test_validation_pictures_are_the_person_the_class_and_scenes(tiny_folder, photos, workdir, monkeypatch, few_steps):
-    prompts, grids, encode = [], [], StableDiffusion.encode_prompts
-    monkeypatch.setattr(StableDiffusion, "encode_prompts", lambda sd, texts: prompts.append(texts) or encode(sd, texts))
-    monkeypatch.setattr(train, "save_grid", lambda path, rows, columns: grids.append((len(rows), columns)))
-    program(monkeypatch, "--model", tiny_folder, "--images", photos, "--identifier", "zwx", *WORDS, "--steps", 1)
+def test_validation_pictures_are_the_person_the_class_and_scenes(
+        tiny_folder, photos, workdir, monkeypatch):
+    prompts = []
+    grids = []
+    encode = StableDiffusion.encode_prompts
+
+    def generate(sd, c_t, null_c_t, seed):
+        return torch.zeros(len(c_t), 3, 64, 64)
+
+    def encode_prompts(sd, texts):
+        prompts.append(texts)
+        return encode(sd, texts)
+
+    def save_grid(path, rows, columns):
+        grids.append((len(rows), columns))
+
+    monkeypatch.setattr(StableDiffusion, "encode_prompts", encode_prompts)
+    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(train, "save_grid", save_grid)
+    words = [*WORDS, "--identifier", "zwx", "--lora", 1, "--steps", 1, "--prior-weight", 0]
+    program(monkeypatch, "--model", tiny_folder, "--images", photos, *words)
     assert grids == [(4, ["identity", "class", "hat", "sunglasses"])]
     person, others, hat, sunglasses, empty = prompts[-1]
     assert (person, others, empty) == ("a photo of a zwx person", "a photo of a person", "")
@@ -324,19 +401,24 @@ def test_validation_pictures_are_the_person_the_class_and_scenes(tiny_folder, ph
 
 def test_lora_run_leaves_a_file_that_merges_and_resumes_exactly_but_not_with_other_photos(
         tiny_folder, photos, workdir, monkeypatch, capsys, few_steps):
-    words = ["--model", tiny_folder, "--images", shutil.copytree(photos, "mine"), "--lora", 2, *WORDS, "--steps", 2]
+    shutil.copytree(photos, "mine")
+    words = ["--model", tiny_folder, "--images", "mine", "--lora", 2, *WORDS, "--steps", 2]
     program(monkeypatch, *words)
-    whole, sd = load_file("run/pytorch_lora_weights.safetensors"), StableDiffusion.load(tiny_folder)
+    assert Path("run/curve.png").is_file() and not Path("run/unet").exists()
+    whole = load_file("run/pytorch_lora_weights.safetensors")
+    sd = StableDiffusion.load(tiny_folder)
     before = sd.unet(*INPUT)
     dreambooth.load_lora("run/pytorch_lora_weights.safetensors", sd)
-    assert not torch.allclose(sd.unet(*INPUT), before) and not (workdir / "run" / "unet").exists()
+    assert not torch.allclose(sd.unet(*INPUT), before)
+
     interrupt_once(monkeypatch)
     with pytest.raises(SystemExit):
         program(monkeypatch, *words)
     program(monkeypatch, *words, "--resume")
     again = load_file("run/pytorch_lora_weights.safetensors")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    (workdir / "mine" / "0.jpg").unlink()
+
+    Path("mine/0.jpg").unlink()
     with pytest.raises(SystemExit) as stopped:
         program(monkeypatch, *words, "--resume")
     assert stopped.value.code == 2 and "--photos" in capsys.readouterr().err
@@ -344,33 +426,44 @@ def test_lora_run_leaves_a_file_that_merges_and_resumes_exactly_but_not_with_oth
 
 @pytest.mark.parametrize("lora, expected", [(None, (800, 1, 5e-6)), (4, (800, 1, 1e-4))])
 def test_stable_diffusion_has_defaults_of_its_own(tiny_folder, lora, expected, monkeypatch):
-    said = []
+    given = []
+
+    def fit(task, out, options, settings):
+        given.append((options.steps, options.batch, options.lr))
+
     monkeypatch.setattr(train, "is_large", lambda unet: True)
-    monkeypatch.setattr(train, "fit", lambda task, out, steps, batch, lr, args: said.append((steps, batch, lr)))
-    args = argparse.Namespace(steps=None, batch=None, lr=None, lora=lora, train_text_encoder=False, checkpointing=False,
-                              seed=0, device=torch.device("cpu"))
-    train.fine_tune(StableDiffusion.load(tiny_folder), ["a sks man", "a man"], torch.zeros(1, 4, 16, 16), [], None, args)
-    assert said == [expected]
+    monkeypatch.setattr(train, "fit", fit)
+    sd = StableDiffusion.load(tiny_folder)
+    options = train.Options(torch.device("cpu"))
+    method = train.DreamBooth(lora=lora)
+    train.fine_tune(sd, ["a sks man", "a man"], torch.zeros(1, 4, 16, 16), [], None, options, method)
+    assert given == [expected]
 
 
-def test_one_photo_without_prior_makes_no_class_pictures(tiny_folder, photos, workdir, monkeypatch, few_steps):
+def test_one_photo_without_prior_makes_no_class_pictures(
+        tiny_folder, photos, workdir, monkeypatch, few_steps):
     (workdir / "one").mkdir()
     (workdir / "one" / "0.jpg").symlink_to(photos / "0.jpg")
-    program(monkeypatch, "--model", tiny_folder, "--images", "one", "--prior-weight", 0, "--lora", 1, "--steps", 1, *WORDS)
-    assert list((workdir / "run").glob("class-*")) == [] and (workdir / "run" / "samples.png").exists()
+    words = ["--prior-weight", 0, "--lora", 1, "--steps", 1, *WORDS]
+    program(monkeypatch, "--model", tiny_folder, "--images", "one", *words)
+    assert list(Path("run").glob("class-*")) == [] and Path("run/samples.png").exists()
+
+
+OF_A_MAN = ["--images", "PHOTOS", "--noun", "man"]
 
 
 @pytest.mark.parametrize("words, says", [
     (["--noun", "man"], "--images"),
     (["--images", "PHOTOS"], "--noun"),
     (["--images", "nowhere", "--noun", "man"], "nowhere"),
-    (["--images", "PHOTOS", "--noun", "man", "--lora", "0"], "rank of at least 1"),
-    (["--images", "PHOTOS", "--noun", "man", "--lora", "2", "--train-text-encoder"], "--lora"),
-    (["--images", "PHOTOS", "--noun", "man", "--prior-weight", "-1"], "--prior-weight"),
-    (["--images", "PHOTOS", "--noun", "man", "--class-images", "0"], "--class-images"),
+    ([*OF_A_MAN, "--lora", "0"], "rank of at least 1"),
+    ([*OF_A_MAN, "--lora", "2", "--train-text-encoder"], "--lora"),
+    ([*OF_A_MAN, "--prior-weight", "-1"], "--prior-weight"),
+    ([*OF_A_MAN, "--class-images", "0"], "--class-images"),
 ])
 def test_bad_input_is_one_line_and_exit_2(words, says, tiny_folder, photos, workdir, monkeypatch, capsys):
+    words = [photos if word == "PHOTOS" else word for word in words]
     with pytest.raises(SystemExit) as stop:
-        program(monkeypatch, "--model", tiny_folder, *[photos if word == "PHOTOS" else word for word in words])
+        program(monkeypatch, "--model", tiny_folder, *words)
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message.startswith("error: ") and says in message

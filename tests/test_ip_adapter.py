@@ -1,4 +1,4 @@
-"""ip_adapter.py: attaching, eq. 1, dropping conditions, guidance, and files that diffusers reads and writes."""
+"""ip_adapter.py: attaching, eq. 1, dropping conditions, guidance, and files that diffusers reads, too."""
 
 import copy
 import os
@@ -12,14 +12,16 @@ from attention import attention
 from conftest import close, randn
 from ddpm import Schedule, guide, q_sample, sample
 from ip_adapter import (
-    ImageProjection, IPAdapter, adapter_loss, drop, drop_conditions, guided_eps, text_attentions,
+    ImageProjection, IPAdapter, adapter_loss, drop_conditions, drop_embeds, make_guided_eps, noise_error,
+    text_attentions,
 )  # fmt: skip
 from unet import UNet
 
 B, N, E, D, L = 2, 3, 6, 12, 5
 SMALL = dict(
     sample_size=8, in_channels=4, out_channels=4, block_out_channels=[8, 16], layers_per_block=1,
-    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
     cross_attention_dim=D, attention_head_dim=2, norm_num_groups=4,
 )  # fmt: skip
 SD15 = dict(
@@ -50,8 +52,7 @@ def inputs():
 def detach(unet):
     """Take the adapter off: `unet` is the text-to-image model again."""
     for attn in text_attentions(unet).values():
-        for name in ("to_k_ip", "to_v_ip"):
-            vars(attn).pop(name, None)
+        attn.image_kv = None
 
 
 def trained(unet, agg="none", seed=2):
@@ -91,23 +92,30 @@ def test_ip_projections_start_as_copies_of_the_text_projections(unet, inputs):
         assert torch.equal(adapter.ip_adapter[number]["to_k_ip"].weight, attn.to_k.weight)
         assert torch.equal(adapter.ip_adapter[number]["to_v_ip"].weight, attn.to_v.weight)
         assert adapter.ip_adapter[number]["to_k_ip"].weight is not attn.to_k.weight
-        assert attn.to_k_ip is adapter.ip_adapter[number]["to_k_ip"]
+        to_k_ip, to_v_ip = attn.image_kv
+        assert to_k_ip is adapter.ip_adapter[number]["to_k_ip"]
+        assert to_v_ip is adapter.ip_adapter[number]["to_v_ip"]
     assert unet.mid_block.attentions[0].transformer_blocks[0].attn2 is layers["7"]
-    x, c = randn(B, 4, 16), inputs["c_t"]  # the same tokens as text and image: eq. 3 doubles the text's term
-    attn = layers["7"]
-    close(attn(x, c, c) - attn.to_out[0].bias, 2 * (attn(x, c) - attn.to_out[0].bias))
+    # the same tokens as text and as image: eq. 3 doubles the text's term
+    attn, x, c = layers["7"], randn(B, 4, 16), inputs["c_t"]
+    bias = attn.to_out[0].bias
+    close(attn(x, c, c) - bias, 2 * (attn(x, c) - bias))
 
 
 def test_eq3_lam_scales_the_adapters_own_projections(unet):
-    trained(unet)
-    attn, x, c_t, c_i = text_attentions(unet)["7"], randn(B, 4, 16), randn(B, L, D, seed=1), randn(B, 8, D, seed=2)
-    Q, K_ip, V_ip = (attn.split_heads(z) for z in (attn.to_q(x), attn.to_k_ip(c_i), attn.to_v_ip(c_i)))
+    layers = trained(unet).ip_adapter["7"]
+    attn = text_attentions(unet)["7"]
+    x, c_t, c_i = randn(B, 4, 16), randn(B, L, D, seed=1), randn(B, 8, D, seed=2)
+    Q = attn.split_heads(attn.to_q(x))
+    K_ip = attn.split_heads(layers["to_k_ip"](c_i))
+    V_ip = attn.split_heads(layers["to_v_ip"](c_i))
     image_term = attention(Q, K_ip, V_ip).transpose(1, 2).flatten(2) @ attn.to_out[0].weight.T
     close(attn(x, c_t, c_i, 0.7) - attn(x, c_t), 0.7 * image_term)
 
 
 def test_lam_zero_and_no_image_tokens_are_the_text_only_model(unet, inputs):
-    before = unet.requires_grad_(False)(**inputs)  # frozen now: PyTorch convolves trainable weights by another kernel
+    unet.requires_grad_(False)  # already here: PyTorch convolves trainable weights by another kernel
+    before = unet(**inputs)
     adapter = trained(unet)
     c_i = adapter.tokens(randn(B, N, E))
     assert torch.equal(unet(**inputs, c_i=c_i, lam=0.0), before)
@@ -119,8 +127,9 @@ def test_the_unet_is_frozen_and_everything_of_the_adapter_trains(unet, inputs):
     names = list(unet.state_dict())
     trained(unet)  # an adapter that came before, so that the next one copies frozen text projections
     adapter = trained(unet, "selfattn")
-    adapter_loss(unet, inputs["x_t"], inputs["t"], randn(B, 4, 8, 8, seed=5), inputs["c_t"],
-                 adapter.tokens(randn(B, N, E)), Schedule.stable_diffusion()).backward()  # fmt: skip
+    eps, c_i = randn(B, 4, 8, 8, seed=5), adapter.tokens(randn(B, N, E))
+    schedule = Schedule.stable_diffusion()
+    adapter_loss(unet, inputs["x_t"], inputs["t"], eps, inputs["c_t"], c_i, schedule).backward()
     assert not any(weight.requires_grad or weight.grad is not None for weight in unet.parameters())
     assert all(weight.grad.abs().max() > 0 for weight in adapter.trainable_parameters())
     assert len(adapter.trainable_parameters()) == 4 + 4 + 2 * 4  # aggregator, projection, W'_k and W'_v
@@ -139,7 +148,6 @@ def test_attaching_replaces_the_adapter_and_nothing_of_the_unet(unet, inputs):
     assert torch.equal(unet(**inputs, c_i=c_i), with_first)
     detach(unet)
     assert torch.equal(unet(**inputs, c_i=c_i), unet(**inputs))
-    assert all(attn.to_k_ip is None and attn.to_v_ip is None for attn in text_attentions(unet).values())
 
 
 def test_adapter_follows_the_dtype_of_the_unet():
@@ -166,55 +174,68 @@ def test_eq1_is_the_mean_square_of_the_noise_left(unet, inputs):
     schedule, adapter = Schedule.stable_diffusion(), trained(unet)
     z_0, eps, t, c_t = inputs["x_t"], randn(B, 4, 8, 8, seed=5), inputs["t"], inputs["c_t"]
     c_i = adapter.tokens(randn(B, N, E))
-    loss = adapter_loss(unet, z_0, t, eps, c_t, c_i, schedule)
-    expected = [(eps[b] - unet(q_sample(z_0[b], t[b].item(), eps[b], schedule)[None], t[b], c_t[b:b + 1], c_i[b:b + 1]))
-                .square().sum() for b in range(B)]  # fmt: skip
-    close(loss, sum(expected) / (B * 4 * 8 * 8))
+    total = 0
+    for b in range(B):
+        z_t = q_sample(z_0[b], t[b].item(), eps[b], schedule)
+        eps_hat = unet(z_t[None], t[b], c_t[b : b + 1], c_i[b : b + 1])
+        total = total + (eps[b] - eps_hat[0]).square().sum()
+    close(adapter_loss(unet, z_0, t, eps, c_t, c_i, schedule), total / (B * 4 * 8 * 8))
     assert adapter_loss(lambda *_: eps, z_0, t, eps, c_t, c_i, schedule) == 0
+    squares = noise_error(unet, z_0, t, eps, c_t, c_i, schedule)  # number by number
+    assert squares.shape == z_0.shape
+    close(squares.sum(), total)
 
 
 def test_dropped_image_is_a_zero_embedding_before_the_projection(unet):
     embeds, mask = randn(B, N, E), torch.tensor([True, False])
-    dropped = drop(embeds, mask)
+    dropped = drop_embeds(embeds, mask)
     assert not dropped[0].any() and torch.equal(dropped[1], embeds[1])
     adapter = trained(unet, "selfattn")
     c_i = adapter.tokens(dropped).reshape(B, N, 4, D)
-    close(c_i[0], adapter.image_proj.norm(adapter.image_proj.proj.bias.reshape(1, 4, D)).expand(N, 4, D))
+    bias = adapter.image_proj.proj.bias.reshape(1, 4, D)
+    close(c_i[0], adapter.image_proj.norm(bias).expand(N, 4, D))
     assert c_i[0].abs().max() > 0.01
 
 
 def test_text_image_and_both_are_dropped_with_probability_p_each():
-    n, p = 40_000, 0.05
-    c_t, embeds, null = torch.ones(n, 1, 1), torch.ones(n, 2, 1), torch.full((1, 1, 1), -1.0)
-    c_t, embeds = drop_conditions(c_t, embeds, null, p, torch.Generator().manual_seed(0))
+    n = 40_000
+
+    def run(p):
+        null_c_t = torch.full((1, 1, 1), -1.0)
+        generator = torch.Generator().manual_seed(0)
+        return drop_conditions(torch.ones(n, 1, 1), torch.ones(n, 2, 1), null_c_t, p, generator)
+
+    c_t, embeds = run(0.05)
     assert set(c_t.flatten().tolist()) == {1, -1} and torch.equal(embeds[:, 0], embeds[:, 1])
     text, image = c_t.flatten() == -1, embeds[:, 0, 0] == 0
     for event in (text & image, text & ~image, image & ~text):
-        assert abs(event.float().mean() - p) < 0.004
-    again = drop_conditions(torch.ones(n, 1, 1), torch.ones(n, 2, 1), null, p, torch.Generator().manual_seed(0))
+        assert abs(event.float().mean() - 0.05) < 0.004
+    again = run(0.05)
     assert torch.equal(again[0], c_t) and torch.equal(again[1], embeds)
-    kept = drop_conditions(torch.ones(n, 1, 1), torch.ones(n, 1, 1), null, 0)
-    assert all((x == 1).all() for x in kept)
+    assert all((kept == 1).all() for kept in run(0))
 
 
 def test_eq11_guided_eps_is_one_batch_of_both_branches(unet, inputs):
-    adapter, (x_t, _, c_t) = trained(unet), inputs.values()
-    c_i, null_c_i, null_c_t = (*adapter.tokens(torch.stack([randn(B, N, E), randn(B, N, E) * 0]).flatten(0, 1)).chunk(2),
-                               randn(1, L, D, seed=8))  # fmt: skip
+    adapter = trained(unet)
+    x_t, c_t, null_c_t = inputs["x_t"], inputs["c_t"], randn(1, L, D, seed=8)
+    c_i = adapter.tokens(randn(B, N, E))
+    null_c_i = adapter.tokens(torch.zeros(B, N, E, dtype=torch.float64))
+    null_rows = null_c_t.expand(B, -1, -1)
     calls = []
 
     def counted(*args):
         calls.append(len(args[0]))
         return unet(*args)
 
-    eps_hat = guided_eps(counted, c_t, c_i, null_c_t, null_c_i[:1], w=5.0, lam=0.6)(x_t, 700)
+    eps_hat = make_guided_eps(counted, c_t, c_i, null_c_t, null_c_i[:1], w=5.0, lam=0.6)(x_t, 700)
     cond = unet(x_t, 700, c_t, c_i, 0.6)
-    uncond = unet(x_t, 700, null_c_t.expand(B, -1, -1), null_c_i, 0.6)
+    uncond = unet(x_t, 700, null_rows, null_c_i, 0.6)
     close(eps_hat, guide(cond, uncond, 5.0), 1e-11)
-    assert torch.equal(guided_eps(counted, c_t, c_i, null_c_t, null_c_i, w=1, lam=0.6)(x_t, 700), cond)
+    alone = make_guided_eps(counted, c_t, c_i, null_c_t, null_c_i, w=1, lam=0.6)(x_t, 700)
+    assert torch.equal(alone, cond)
     assert calls == [2 * B, B]
-    text_only = guide(unet(x_t, 700, c_t), unet(x_t, 700, null_c_t.expand(B, -1, -1)), 5.0)
-    close(guided_eps(unet, c_t, None, null_c_t, None, w=5.0)(x_t, 700), text_only, 1e-11)
+    text_only = guide(unet(x_t, 700, c_t), unet(x_t, 700, null_rows), 5.0)
+    close(make_guided_eps(unet, c_t, None, null_c_t, None, w=5.0)(x_t, 700), text_only, 1e-11)
 
 
 def test_eq11_guides_in_the_precision_of_x_t_not_in_the_unets():
@@ -226,14 +247,15 @@ def test_eq11_guides_in_the_precision_of_x_t_not_in_the_unets():
         return torch.cat([cond, uncond])[:len(x_t)]
 
     for w in (1, 7.5):
-        eps_hat = guided_eps(unet, c_t, None, c_t[:1], None, w)(x_t, 5)
+        eps_hat = make_guided_eps(unet, c_t, None, c_t[:1], None, w)(x_t, 5)
         assert torch.equal(eps_hat, guide(cond.float(), uncond.float(), w))
 
 
 def test_guided_eps_drives_every_sampler(unet, inputs):
     adapter = trained(unet)
-    c_i, null = adapter.tokens(randn(B, N, E)), adapter.tokens(torch.zeros(B, N, E, dtype=torch.float64))
-    eps_fn = guided_eps(unet, inputs["c_t"], c_i, inputs["c_t"][:1], null, w=2.0)
+    c_i = adapter.tokens(randn(B, N, E))
+    null_c_i = adapter.tokens(torch.zeros(B, N, E, dtype=torch.float64))
+    eps_fn = make_guided_eps(unet, inputs["c_t"], c_i, inputs["c_t"][:1], null_c_i, w=2.0)
     for sampler in ("ddpm", "ddim", "dpm"):
         z = sample(eps_fn, inputs["x_t"], Schedule.stable_diffusion(), 3, sampler, progress=False)
         assert z.shape == (B, 4, 8, 8) and z.isfinite().all() and not z.requires_grad
@@ -265,7 +287,7 @@ def test_interrupted_save_leaves_the_old_file_and_no_other(unet, tmp_path, monke
             file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ip_adapter.save_file", full_disk)
+    monkeypatch.setattr("support.files.save_file", full_disk)
     with pytest.raises(OSError):
         adapter.save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
@@ -298,7 +320,7 @@ def refused(path, unet, message):
         IPAdapter.load(path, unet)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
-    assert all(attn.to_k_ip is None for attn in text_attentions(unet).values())
+    assert all(attn.image_kv is None for attn in text_attentions(unet).values())
     assert all(weight.requires_grad for weight in unet.parameters())
 
 
@@ -306,8 +328,8 @@ def test_wrong_files_are_refused_in_one_line_before_the_unet_is_touched(unet, tm
     good, path = IPAdapter(unet, E, attach=False).state_dict(), tmp_path / "adapter.safetensors"
 
     def write(**changes):
-        tensors = {name: tensor.contiguous() for name, tensor in {**good, **changes}.items() if tensor is not None}
-        save_file(tensors, path)
+        tensors = {**good, **changes}
+        save_file({name: x.contiguous() for name, x in tensors.items() if x is not None}, path)
 
     refused(path, unet, "cannot read the adapter")  # there is none
     path.write_bytes(b"not a safetensors file")
@@ -319,7 +341,8 @@ def test_wrong_files_are_refused_in_one_line_before_the_unet_is_touched(unet, tm
     write(**{"image_proj.norm.weight": None})
     refused(path, unet, r"lacks the tensor image_proj\.norm\.weight$")
     write(**{"ip_adapter.5.to_k_ip.weight": randn(4, D)})
-    refused(path, unet, r"tensor ip_adapter\.5\.to_k_ip\.weight has shape \(4, 12\), this UNet needs \(8, 12\)$")
+    shapes = r"has shape \(4, 12\), this UNet needs \(8, 12\)$"
+    refused(path, unet, r"tensor ip_adapter\.5\.to_k_ip\.weight " + shapes)
     write(**{"ip_adapter.9.to_k_ip.weight": randn(8, D)})
     refused(path, unet, r"tensor ip_adapter\.9\.to_k_ip\.weight has no place in this UNet$")
     write(**{"image_proj.proj.weight": randn(4 * 768, E), "image_proj.norm.weight": randn(768)})
@@ -355,12 +378,13 @@ def test_bin_files_cannot_run_code(unet, tmp_path):
 def test_diffusers_opens_our_file_and_gives_the_same_eps(tmp_path, agg):
     diffusers = pytest.importorskip("diffusers")
     ours = randomise(UNet(**SMALL), 1)
-    theirs = diffusers.UNet2DConditionModel(**{**SMALL, "block_out_channels": tuple(SMALL["block_out_channels"])})
+    theirs = diffusers.UNet2DConditionModel(**SMALL)
     theirs.load_state_dict(ours.state_dict())
     adapter, embeds = trained(ours, agg), randn(B, N, E).float()
     adapter.save(tmp_path / "adapter.safetensors")
-    pipe = type("Pipeline", (diffusers.loaders.IPAdapterMixin,), {"unet": theirs})()  # the part of it that loads
-    pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
+    pipe = type("Pipeline", (diffusers.loaders.IPAdapterMixin,), {"unet": theirs})()  # what loads files
+    file = dict(subfolder="", weight_name="adapter.safetensors", image_encoder_folder=None)
+    pipe.load_ip_adapter(str(tmp_path), **file)
     pipe.set_ip_adapter_scale(0.7)
     x_t, c_t, t = randn(B, 4, 8, 8).float(), randn(B, L, D, seed=1).float(), 500
     with torch.no_grad():

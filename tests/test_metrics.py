@@ -1,27 +1,21 @@
 """Metrics: closed forms, invariances, and parity with pytorch-fid, torch-fidelity and torchmetrics."""
 
-import json
 import sys
 import warnings
-from argparse import Namespace
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models.inception import Inception3
 
-import data
 import metrics
-import train
 from conftest import randn
-from ip_adapter import IPAdapter, read_adapter
-from metrics import (Gaussian, InceptionV3, ToyJudge, bootstrap_ci, fid, frechet_distance, inception_score,
-                     kernel_distance, load_judge, read_folder)
-from unet import StableDiffusion
+from metrics import (Gaussian, InceptionV3, bootstrap_ci, fid, frechet_distance, inception_score, kernel_distance,
+                     load_judge, read_folder, textbook_frechet_distance)
+from support.program import run
+from toyfaces.judge import FeatureNet
 
 
 def covariance(d, seed, rank=None):
@@ -323,7 +317,7 @@ def test_tensorflow_resize_agrees_with_torch_fidelity(size):
     theirs = peer.interpolate_bilinear_2d_like_tensorflow1x(images, (299, 299), align_corners=False)
     net = InceptionV3.__new__(InceptionV3)
     torch.nn.Module.__init__(net)
-    net.tf1 = True
+    net.like_tensorflow = True
     torch.testing.assert_close(net.resize(images), theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -396,8 +390,8 @@ def no_network(*_, **__):
 def toy_judge(monkeypatch):
     """FeatureNet as it is born, and a torch.hub without a cache or a network."""
     torch.manual_seed(0)
-    net = ToyJudge().eval()
-    monkeypatch.setattr(ToyJudge, "load", lambda folder: net)
+    net = FeatureNet().eval()
+    monkeypatch.setattr(FeatureNet, "load", lambda folder: net)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "nowhere")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     return net
@@ -409,7 +403,7 @@ def command(monkeypatch, capsys):
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["metrics.py", *map(str, args)])
         try:
-            code = metrics.run(metrics.main) or 0
+            code = run(metrics.main) or 0
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()
@@ -439,16 +433,6 @@ def test_judge_is_the_given_file_then_the_hub_then_the_toy_world(weights, toy_ju
     assert not isinstance(load_judge("toy"), InceptionV3)
     with pytest.raises(ValueError, match="other.pth"):
         load_judge(tmp_path / "other.pth")
-
-
-def test_toy_judge_gives_a_distribution_over_hair_style_times_colour(toy_judge):
-    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    features, probs = toy_judge.read(images)
-    logits = toy_judge(images)
-    assert features.shape == (3, 256) and probs.shape == (3, 36)
-    joint = probs.view(3, 6, 6)
-    torch.testing.assert_close(joint.sum(2).float(), logits["hair"].softmax(1))
-    torch.testing.assert_close(joint.sum(1).float(), logits["hair_colour"].softmax(1))
 
 
 def test_folder_is_read_in_order_whatever_the_batch(toy_judge, folders, tmp_path):
@@ -501,251 +485,11 @@ def test_broken_judge_is_named_instead_of_nan(toy_judge, folders, command):
     assert code == 2 and "not finite" in line
 
 
-# --------------------------------------------------------------------------- Table 1
-
-
-def recipe(**other):
-    """What an adapter's file says of a training on the tiny model."""
-    return {**dict.fromkeys(metrics.RECIPE, "1"), "base": data.digest(StableDiffusion.load(metrics.TINY).unet), **other}
-
-
-@pytest.fixture
-def exam_folder(tiny_folder, workdir, monkeypatch):
-    """The tiny model, four trained adapters of one recipe, and a DreamBooth of one step from two class pictures."""
-    sd, class_images, fine_tune = StableDiffusion.load(tiny_folder), metrics.class_images, metrics.fine_tune
-    monkeypatch.setattr(metrics, "TINY", tiny_folder)
-    for agg in ("selfattn", "max", "avg", "concat"):
-        (workdir / "runs" / agg).mkdir(parents=True)
-        torch.manual_seed(len(agg))
-        file = workdir / f"runs/{agg}/ip-adapter.safetensors"
-        IPAdapter(sd.unet, 128, agg).save(file, recipe())
-
-    def few_pictures(sd, prompt, out, count, seed):
-        return class_images(sd, prompt, out, 2, seed, steps=1)
-
-    def one_step(sd, texts, z_0, z_pr, out, args):
-        args.steps = 1
-        return fine_tune(sd, texts, z_0, z_pr, out, args)
-
-    monkeypatch.setattr(metrics, "bootstrap_ci", lambda values, statistic, *_: bootstrap_ci(values, statistic, 20))
-    monkeypatch.setattr(metrics, "class_images", few_pictures)
-    monkeypatch.setattr(metrics, "fine_tune", one_step)
-    return workdir
-
-
-TABLE = "--table --people 2 --photos 2 --seeds 2 --steps 1 --device cpu --guidance 1 --batch 8".split()
-
-
-def test_table_has_the_papers_rows_then_controls_and_makes_none_twice(exam_folder, command, monkeypatch):
-    code, out, _ = command(*TABLE)
-    text = (exam_folder / "runs/table/table.md").read_text()
-    said = json.loads((exam_folder / "runs/table/table.json").read_text())
-    table, against = text.split("\n\n")[:2]
-    cells, apart = ([[c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines()] for part in (table, against))
-    assert code == 0 and text.splitlines()[0] in out and "not comparable" in text
-    assert [row[0] for row in cells[2:]] == [
-        "IP-Adapter", "DreamBooth", "IP-Adapter + Max Pooling", "IP-Adapter + Avg Pooling",
-        "IP-Adapter + Self-Attention", "*controls*", "text only",
-        "Max, fine-tuned", "Avg, fine-tuned", "Concat, fine-tuned",
-        "the scenes asked for, drawn anew", "VAE round trip of real photos", "other real photos of the same people"]
-    assert [row[0] for row in apart] == ["minus IP-Adapter + Self-Attention", "---"] + [
-        row[0] for row in cells[2:] if row[0] not in ("IP-Adapter + Self-Attention", "*controls*")]
-    for name, *both in apart[2:]:
-        for column, cell in zip(("FID ↓", "identity ↑"), both):
-            a, b = (said["rows"][n][column][0] for n in (name, "IP-Adapter + Self-Attention"))
-            assert float(cell.split()[0]) == pytest.approx(a - b, abs=0.06 if column == "FID ↓" else 1e-3)
-    assert said["command"] == "python metrics.py " + " ".join(TABLE) and said["features"] == ToyJudge.name
-    for name, *row in cells[2:]:
-        if name != "*controls*":
-            numbers = said["rows"][name]
-            assert list(numbers) == cells[0][1:] and row[-1] == "8"
-            assert all(len(numbers[k]) == 3 for k in cells[0][1:8])
-            assert float(row[4].split()[0]) == pytest.approx(numbers["identity ↑"][0], abs=1e-3)
-            assert (row[9] == "–") == ("real photos" in name or "drawn" in name)
-    assert Image.open(exam_folder / "runs/table/figure6.png").size == (96 * 10, 16 + (96 + 16) * 2)
-    monkeypatch.setattr(metrics, "generate", None)      # a second run makes no picture and trains nobody
-    monkeypatch.setattr(metrics, "fine_tune", None)
-    assert command(*TABLE)[0] == 0 and (exam_folder / "runs/table/table.md").read_text() == text
-    monkeypatch.setattr(metrics, "MAKERS", ("data",))   # other code: its pictures are not these
-    with pytest.raises(TypeError):
-        command(*TABLE)
-
-
-def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_nobody_trained_on(
-        exam_folder, command, monkeypatch):
-    asked, taught, scored, judged = [], [], [], metrics.judged
-
-    def make_pictures(sd, texts, args, seed, adapter=None, embeds=None, lam=1.0):
-        asked.append((adapter and adapter.agg, texts, seed, embeds, sd.unet.conv_out.bias.mean().item()))
-        return {"x": torch.zeros(len(texts), 3, 64, 64, dtype=torch.uint8), "seconds": torch.tensor(1.0)}
-
-    def fine_tune(sd, texts, z_0, z_pr, out, args):
-        taught.append((texts, z_0, len(z_pr), sd.unet.conv_out.bias.mean().item(), args.lr))
-        sd.unet.conv_out.bias.data += 1
-        if len(taught) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(metrics, "make_pictures", make_pictures)
-    monkeypatch.setattr(metrics, "fine_tune", fine_tune)
-    monkeypatch.setattr(metrics, "judged", lambda *args: scored.append(args[1:3]) or judged(*args))
-    assert command(*TABLE)[0] == 130 and command(*TABLE)[0] == 0        # stopped at the second person, then resumed
-    sd, people = StableDiffusion.load(metrics.TINY), data.ToyFaces(102, 17, seed=2).people[100:]
-    shots = [photo for person in people for photo in person.photos[9:11] for _ in range(2)]
-    texts = [photo.prompt for photo in shots]
-    references = [data.to_tensor([photo.image for photo in person.photos[:9]]) for person in people]
-    embeds = torch.stack([sd.embed_images(x) for x in references]).repeat_interleave(4, 0)
-    order = ["none", "sks", "sks", "max", "avg", "selfattn", None, "max", "avg", "concat"]
-    assert [agg or ("sks" if "sks" in said[0] else None) for agg, said, *_ in asked] == order
-    bias = sd.unet.conv_out.bias.mean().item()
-    for agg, said, seed, e, b in asked:
-        if "sks" in said[0]:
-            p = (seed - 2020) // 4
-            assert said == [t.replace("person", "sks person") for t in texts[4 * p:4 * p + 4]] and seed in (2020, 2024)
-            assert b == pytest.approx(bias + 1, abs=1e-4)
-        else:
-            assert said == texts and seed == 2020 and b == pytest.approx(bias, abs=1e-4)
-            torch.testing.assert_close(e, embeds, rtol=1e-4, atol=1e-4)
-    assert len(taught) == 3 and all(t[0] == ["a sks person", "a person"] and t[2:] == (2, bias, 1e-3) for t in taught)
-    for (_, z_0, *_), p in zip(taught, (0, 1, 1)):
-        expected = sd.encode_latents(references[p], torch.Generator().manual_seed(2020))
-        torch.testing.assert_close(z_0, expected, rtol=0.05, atol=0.05)   # bfloat16, perhaps
-    real, again = ([photo for person in people for photo in person.photos[i:i + 4]] for i in (9, 13))
-    for (x, labels), row in zip(scored[::-1], (again, real, *[shots] * 10)):
-        assert labels == [photo.labels for photo in row]
-    assert torch.equal(data.to_tensor(scored[-1][0]), data.to_tensor([photo.image for photo in again]))
-    judge = ToyJudge.load(metrics.TINY / "feature_net")
-    features = [judge.features(data.to_tensor([photo.image for photo in row])).detach() for row in (real, again)]
-    rows = json.loads((exam_folder / "runs/table/table.json").read_text())["rows"]
-    assert rows["other real photos of the same people"]["FID ↓"][0] == pytest.approx(metrics.fid(*features), rel=1e-3)
-
-
-def test_pictures_are_the_same_in_any_batch_and_lam_zero_is_text_only(tiny_folder):
-    sd, embeds = StableDiffusion.load(tiny_folder), 9 * randn(3, 2, 128).float()
-    adapter, texts = IPAdapter(sd.unet, 128, "avg"), ["a photo of a person", "a smiling person", "a hat"]
-
-    def made(*adapted, batch=2, first=0):
-        options = Namespace(guidance=2.0, steps=2, precision="fp32", device=torch.device("cpu"), batch=batch)
-        return metrics.make_pictures(sd, texts[first:], options, 7 + first, *adapted)["x"].int()
-
-    def same(x, y):
-        return (x - y).abs().max() <= 1   # rounded to bytes
-
-    alone, person = made(), made(adapter, embeds)
-    assert same(alone, made(batch=3)) and same(alone[1:], made(first=1)) and not same(alone[:2], made(first=1))
-    assert same(person, made(adapter, embeds, batch=3)) and not same(person, alone)
-    assert same(alone, made(adapter, embeds, 0.0)) and not same(person, made(adapter, embeds.flip(0)))
-
-
-def test_adapters_of_another_recipe_are_refused_and_missing_ones_trained_by_it(exam_folder, command, monkeypatch):
-    file, calls = exam_folder / "runs/avg/ip-adapter.safetensors", []
-    adapter = IPAdapter(StableDiffusion.load(metrics.TINY).unet, 128, "avg")
-    adapter.save(file, recipe(lr="2"))
-    code, _, line = command(*TABLE)
-    assert code == 2 and "avg/ip-adapter.safetensors was not trained with the options of selfattn" in line
-    assert "(lr 2, not 1)" in line
-    file.unlink()
-
-    def train_it(words):
-        calls.append(words)
-        adapter.save(file, recipe())
-        return nullcontext(Namespace(wait=lambda: len(calls) - 1))
-
-    monkeypatch.setattr(metrics.subprocess, "Popen", train_it)
-    args, unet = Namespace(runs=exam_folder / "runs", device="cpu"), StableDiffusion.load(metrics.TINY).unet
-    assert list(metrics.trained_adapters(args, unet, "selfattn", "avg").values())[1] == file
-    assert " ".join(calls[0][2:]) == (f"--agg avg --model {metrics.TINY} --out {file.parent} --device cpu --resume "
-                                      "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 1 --precision 1 --init 1")
-    file.unlink()
-    code, _, line = command(*TABLE)
-    assert code == 2 and "training it failed" in line
-    first = exam_folder / "runs/selfattn/ip-adapter.safetensors"
-    adapter.save(first)     # says nothing of how it was trained
-    assert "selfattn/ip-adapter.safetensors was not trained" in (line := command(*TABLE)[2])
-    assert "data unknown, not known" in line
-    adapter.save(first, recipe(base="of older weights"))
-    assert "another UNet" in command(*TABLE)[2]
-
-
-def test_train_writes_the_recipe_that_the_table_compares(tiny_folder, workdir, monkeypatch):
-    words = f"train.py --agg avg --model {tiny_folder} --steps 1 --batch 2 --precision fp32 --device cpu --out run"
-    monkeypatch.setattr(sys, "argv", words.split())
-    monkeypatch.setattr(train, "picture", lambda *_: None)
-    few = data.ToyFaces(3, photos=2)
-    monkeypatch.setattr(train, "dataset", lambda args, size: [(few.people, few.key)] * 2)
-    train.main()
-    found = read_adapter("run/ip-adapter.safetensors")[1]
-    assert [found[k] for k in metrics.OPTIONS] == ["toy", "3", "1", "2", "0.001", "0", "fp32", str(tiny_folder / train.ADAPTER)]
-
-    sd, other = StableDiffusion.load(tiny_folder), workdir / "init.safetensors"
-    assert found["base"].startswith(data.digest(sd.unet))
-    IPAdapter.load(tiny_folder / train.ADAPTER, sd.unet, "max").save(other)   # other bytes
-    monkeypatch.setattr(sys, "argv", [*words.split(), "--init", str(other)])
-    train.main()
-    again = read_adapter("run/ip-adapter.safetensors")[1]
-    assert again["base"].split()[0] == found["base"].split()[0] and again["base"] != found["base"]
-
-
-@pytest.mark.parametrize("which, rows, first", [("refs", 36, "IP-Adapter + Max Pooling; references: 1"),
-                                                ("lam", 14, "IP-Adapter; λ = 0.0")])
-def test_sweep_varies_only_the_references_or_lam(which, rows, first, exam_folder, command, monkeypatch):
-    asked = []
-
-    def make_pictures(sd, texts, args, seed, adapter, embeds, lam):
-        asked.append((adapter.agg, embeds, lam, texts, seed))
-        return {"x": torch.randint(256, (len(texts), 3, 64, 64), dtype=torch.uint8), "seconds": torch.tensor(1.0)}
-
-    monkeypatch.setattr(metrics, "make_pictures", make_pictures)
-    monkeypatch.setattr(metrics, "bootstrap_ci", lambda *_: (0.0, 1.0))
-    code, out, line = command("--sweep", which, *TABLE[1:])
-    assert code == 0, line
-    said = json.loads((exam_folder / f"runs/table/sweep_{which}.json").read_text())["rows"]
-    assert len(said) == len(asked) == rows and list(said)[0] == first
-    assert Image.open(exam_folder / f"runs/table/sweep_{which}.png").size == (640, 480)
-    whole = asked[8][1] if which == "refs" else asked[0][1]
-    for k, (agg, embeds, lam, texts, seed) in enumerate(asked):
-        n = 1 + k % 9 if which == "refs" else 9
-        assert (lam, seed, texts) == (1.0 if which == "refs" else k % 7 / 4, 2020, asked[0][3])
-        assert embeds.shape[1] == (9 if agg == "selfattn" else n) and torch.equal(embeds[:, :n], whole[:, :n])
-        assert all(any(torch.equal(e, given) for given in whole[0, :n]) for e in embeds[0])   # bootstrapped
-
-
-def test_sweep_of_kinds_changes_only_what_the_references_hide_or_whose_they_are(exam_folder, command, monkeypatch):
-    asked = []
-
-    def make_pictures(sd, texts, args, seed, adapter, embeds, lam):
-        asked.append(embeds[::4])   # (2, 9, E): one a person
-        return {"x": torch.zeros(len(texts), 3, 64, 64, dtype=torch.uint8), "seconds": torch.tensor(1.0)}
-
-    monkeypatch.setattr(metrics, "make_pictures", make_pictures)
-    monkeypatch.setattr(metrics, "bootstrap_ci", lambda *_: (0.0, 1.0))
-    code, _, line = command("--sweep", "kinds", *TABLE[1:])
-    assert code == 0, line
-    said = json.loads((exam_folder / "runs/table/sweep_kinds.json").read_text())["rows"]
-    assert len(said) == len(asked) == 3 * len(metrics.KINDS) and list(said)[2] == "Concat, fine-tuned; as drawn"
-    assert all(torch.equal(x, asked[3 * (k // 3)]) for k, x in enumerate(asked))   # the same for every method
-    drawn, bare, *_, hats, strangers = asked[::3]
-    torch.testing.assert_close(strangers[:, :6], drawn[:, :6])
-    torch.testing.assert_close(strangers[:, 6:], drawn[:, 6:].flip(0))   # of two people
-    torch.testing.assert_close(hats[:, 8], bare[:, 8])
-    assert (hats[:, :8] - bare[:, :8]).abs().amax(2).min() > 1e-4
-
-    person = data.ToyFaces(101, 9, seed=2).people[100]   # the first hundred are validation
-    sd = StableDiffusion.load(metrics.TINY)
-    hat = data.draw_face(person.photos[3].labels | {"accessory": 2}, {}, [0, 3])
-    torch.testing.assert_close(hats[0, 3], sd.embed_images(data.to_tensor([hat]))[0])
-
-
-@pytest.mark.parametrize("words", ["--people 1", "--photos 1 --seeds 1", "--seeds 0"])
-def test_table_of_too_few_pictures_is_one_clear_line(words, exam_folder, command):
-    code, _, line = command(*TABLE, *words.split())
-    assert code == 2 and "at least two people" in line
-
-
 def test_copy_is_the_nearest_reference_minus_the_held_out_photos_of_other_scenes():
     a, b = torch.eye(3)[:2]
     references = torch.stack([a, *[b] * 8])[None]
     held = torch.stack([2 * b, a + b, a])[None]   # a picture of scene k is not compared with held-out photo k
-    clip_i, copied = metrics.likeness(torch.stack([a, a, b])[None], references, held, torch.tensor([0, 2, 1]))
+    clip_i, copied = metrics.compare_embeddings(torch.stack([a, a, b])[None], references, held, torch.tensor([0, 2, 1]))
     half = 0.5**0.5
     torch.testing.assert_close(clip_i, torch.tensor([(half + 1) / 2, (0 + half) / 2, (1 + 0) / 2]))
     torch.testing.assert_close(copied, 1 - clip_i)
@@ -778,20 +522,3 @@ def test_clip_cosines_of_folders_are_those_of_clip_itself(toy_judge, folders, ti
     (tmp_path / "model.safetensors").rename(tmp_path / "whole")
     save_file({"logit_scale": torch.ones(())}, tmp_path / "model.safetensors", {"format": "pt"})
     assert "not a whole CLIP" in command(*folders, "--clip", tmp_path)[2]
-
-
-def test_identity_counts_right_attributes_among_those_that_can_be_seen():
-    class Oracle:
-        """Says class 0 everywhere."""
-        def read(self, images):
-            return torch.zeros(len(images), 4), torch.ones(len(images), 1)
-
-        def answers(self, features):
-            return {k: F.one_hot(torch.zeros(len(features), dtype=torch.long), n) for k, n in data.FeatureNet().heads.items()}
-
-    labels = {k: 0 for k in (*data.IDENTITY, *data.SCENE)}
-    hat = data.SCENE["accessory"].index("hat")
-    cases = [labels, labels | {"eyes": 1}, labels | {"hair": 1}, labels | {"hair": 1, "accessory": hat}]
-    said = metrics.judged(Oracle(), torch.zeros(4, 3, 64, 64, dtype=torch.uint8), cases, "cpu")
-    assert torch.allclose(said["identity"], torch.tensor([1, 9 / 10, 9 / 10, 1]))
-    assert torch.allclose(said["prompt"], torch.tensor([1, 1, 1, 2 / 3]))

@@ -1,4 +1,4 @@
-"""unet.py: parity of the UNet and the VAE with diffusers; loading and saving checkpoints of every published kind."""
+"""unet.py: parity of the UNet and the VAE with diffusers; checkpoints of every published kind."""
 
 import fnmatch
 import json
@@ -18,17 +18,20 @@ from safetensors.torch import load_file, save_file
 import unet as module
 from conftest import randn
 from ddpm import Schedule
-from unet import AutoencoderKL, Gaussian, StableDiffusion, UNet, make_schedule
+from support import checkpoints
+from support.files import write_whole
+from unet import AutoencoderKL, Posterior, StableDiffusion, UNet
 
 B, L, D = 2, 5, 12
 UNET = dict(  # four levels, as in Stable Diffusion
-    sample_size=8, block_out_channels=[8, 16, 16, 24], layers_per_block=2, cross_attention_dim=D, attention_head_dim=4,
+    sample_size=8, block_out_channels=[8, 16, 16, 24], layers_per_block=2, norm_num_groups=4,
     down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, norm_num_groups=4)
+    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, cross_attention_dim=D, attention_head_dim=4)
 OTHER = dict(  # two levels, heads given level by level, linear projections, attention at the bottom only
-    sample_size=8, in_channels=3, out_channels=5, block_out_channels=[8, 16], layers_per_block=1, cross_attention_dim=D,
-    attention_head_dim=[2, 4], down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], norm_eps=1e-6,
-    up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], norm_num_groups=4, use_linear_projection=True)
+    sample_size=8, in_channels=3, out_channels=5, block_out_channels=[8, 16], layers_per_block=1,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], norm_num_groups=4, norm_eps=1e-6,
+    up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], cross_attention_dim=D, attention_head_dim=[2, 4],
+    use_linear_projection=True)
 VAE = dict(block_out_channels=[8, 16, 16, 24], layers_per_block=2, norm_num_groups=4, sample_size=16,
            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
 PLAIN_VAE = dict(VAE, block_out_channels=[8, 16], layers_per_block=1, mid_block_add_attention=False,
@@ -77,7 +80,7 @@ def test_unet_with_image_tokens_equals_diffusers_ip_adapter():
         if name.endswith("attn2.processor"):
             width = attn.to_q.out_features
             processors[name] = randomise(IPAdapterAttnProcessor2_0(width, D, num_tokens=(4,), scale=0.6))
-            attn.to_k_ip, attn.to_v_ip = processors[name].to_k_ip[0], processors[name].to_v_ip[0]
+            attn.image_kv = (processors[name].to_k_ip[0], processors[name].to_v_ip[0])
     theirs.set_attn_processor(processors)
     x_t, c_t, c_i = randn(B, 4, 8, 8), randn(B, L, D, seed=1), randn(B, 4, D, seed=2)
     expected = theirs(x_t, 17, (c_t, [c_i])).sample
@@ -89,9 +92,11 @@ def test_lam_zero_is_exactly_text_only():
     unet = randomise(UNet(**UNET))
     for name, attn in unet.named_modules():
         if name.endswith("attn2"):
-            attn.to_k_ip, attn.to_v_ip = (torch.nn.Linear(D, attn.to_q.out_features, bias=False).double() for _ in "kv")
+            width = attn.to_q.out_features
+            attn.image_kv = tuple(torch.nn.Linear(D, width, bias=False).double() for _ in "kv")
     x_t, c_t, c_i = randn(B, 4, 8, 8), randn(B, L, D, seed=1), randn(B, 4, D, seed=2)
     assert torch.equal(unet(x_t, 17, c_t, c_i, lam=0.0), unet(x_t, 17, c_t))
+    assert not torch.equal(unet(x_t, 17, c_t, c_i, lam=0.1), unet(x_t, 17, c_t))
 
 
 @pytest.mark.parametrize("config", [VAE, PLAIN_VAE])
@@ -109,19 +114,22 @@ def test_vae_equals_diffusers(config):
 @pytest.mark.parametrize("right, wrong", [(1e-5, 1e-6), (1e-6, 1e-5)])
 def test_parity_sees_every_wrong_group_norm_eps(right, wrong):
     unet, vae = randomise(UNet(**UNET)), randomise(AutoencoderKL(**VAE))
-    x_t, c_t, x = randn(B, 4, 8, 8), randn(B, L, D, seed=1), randn(B, 3, 16, 16)
-
-    def run():
-        posterior = vae.encode(x)
-        return unet(x_t, 3, c_t), posterior.mean, vae.decode(randn(B, 4, 2, 2, seed=3))
-
-    expected = run()
-    norms = [m for net in (unet, vae) for m in net.modules() if isinstance(m, torch.nn.GroupNorm) and m.eps == right]
-    assert len(norms) > 10
-    for norm in norms:
-        norm.eps = wrong
-        assert max(map(relative, run(), expected)) > 1e-12
-        norm.eps = right
+    x_t, c_t, x, z = randn(1, 4, 8, 8), randn(1, L, D, seed=1), randn(1, 3, 16, 16), randn(1, 4, 2, 2, seed=3)
+    runs = [
+        (unet, lambda: unet(x_t, 3, c_t)),
+        (vae.encoder, lambda: vae.encode(x).mean),
+        (vae.decoder, lambda: vae.decode(z)),
+    ]
+    count = 0
+    for network, run in runs:
+        expected = run()
+        for norm in network.modules():
+            if isinstance(norm, torch.nn.GroupNorm) and norm.eps == right:
+                norm.eps = wrong
+                assert relative(run(), expected) > 1e-12
+                norm.eps = right
+                count += 1
+    assert count == {1e-5: 45, 1e-6: 68}[right]
 
 
 def test_log_variance_is_clamped():
@@ -132,8 +140,8 @@ def test_log_variance_is_clamped():
 
 
 def test_posterior_samples_have_its_mean_and_variance():
-    gaussian = Gaussian(torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), 2.0).log())
-    z = gaussian.sample(torch.Generator().manual_seed(0))
+    posterior = Posterior(torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), 2.0).log())
+    z = posterior.sample(torch.Generator().manual_seed(0))
     assert abs(z.mean() - 3) < 0.03 and abs(z.var() - 2) < 0.05
 
 
@@ -161,28 +169,51 @@ def test_unet_runs_under_autocast_and_channels_last():
 
 
 def test_full_size_names_and_shapes_are_the_published_ones():
+    def shapes(net):
+        return {name: tensor.shape for name, tensor in net.state_dict().items()}
+
     with torch.device("meta"):
         unet, vae = UNet(), AutoencoderKL()
+        assert sum(p.numel() for p in unet.parameters()) == 859_520_964
         diffusers = pytest.importorskip("diffusers")
-        pairs = [(unet, diffusers.UNet2DConditionModel(**unet.config)), (vae, diffusers.AutoencoderKL(**vae.config))]
-    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
-    for ours, theirs in pairs:
-        ours, theirs = ({k: p.shape for k, p in net.state_dict().items()} for net in (ours, theirs))
-        assert ours == theirs
+        assert shapes(unet) == shapes(diffusers.UNet2DConditionModel(**unet.config))
+        assert shapes(vae) == shapes(diffusers.AutoencoderKL(**vae.config))
+
+
+def test_channels_and_skips_are_those_of_the_docstrings_u():
+    with torch.device("meta"):
+        unet = UNet()
+
+    def channels(blocks):
+        return [[resnet.conv1.in_channels for resnet in block.resnets] for block in blocks]
+
+    down, up = channels(unet.down_blocks), channels(unet.up_blocks)
+    assert down == [[320, 320], [320, 640], [640, 1280], [1280, 1280]]
+    assert channels([unet.mid_block]) == [[1280, 1280]]
+    assert up == [
+        [1280 + 1280, 1280 + 1280, 1280 + 1280],
+        [1280 + 1280, 1280 + 1280, 1280 + 640],
+        [1280 + 640, 640 + 640, 640 + 320],
+        [640 + 320, 320 + 320, 320 + 320],
+    ]
+    assert sum(map(len, up)) == 12  # one skip each
+    assert [len(block.attentions) for block in unet.down_blocks] == [2, 2, 2, 0]
+    assert [len(block.attentions) for block in unet.up_blocks] == [0, 3, 3, 3]
 
 
 def test_text_attentions_are_numbered_as_in_ip_adapter_sd15():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         names = [name for name, _ in UNet().named_modules() if name.endswith(("attn1", "attn2"))]
-        theirs = list(diffusers.UNet2DConditionModel(**UNet.DEFAULTS).attn_processors)
+        theirs = list(diffusers.UNet2DConditionModel(**checkpoints.UNET_DEFAULTS).attn_processors)
     assert [name + ".processor" for name in names] == theirs
     assert [i for i, name in enumerate(names) if name.endswith("attn2")] == list(range(1, 32, 2))
     assert names[31].startswith("mid_block")
 
 
 @pytest.mark.parametrize("network, setting", [
-    (UNet, dict(act_fn="gelu")), (UNet, dict(flip_sin_to_cos=False)), (UNet, dict(class_embed_type="timestep")),
+    (UNet, dict(act_fn="gelu")), (UNet, dict(flip_sin_to_cos=False)),
+    (UNet, dict(class_embed_type="timestep")),
     (UNet, dict(addition_time_embed_dim=256)), (UNet, dict(time_cond_proj_dim=256)),
     (UNet, dict(up_block_types=["AttnUpBlock2D"] * 4)), (UNet, dict(block_out_channels=[8, 16])),
     (AutoencoderKL, dict(use_quant_conv=False)), (AutoencoderKL, dict(shift_factor=0.1)),
@@ -193,8 +224,9 @@ def test_settings_that_are_not_implemented_are_refused_by_name(network, setting)
 
 
 def test_harmless_settings_are_accepted():
+    harmless = dict(dropout=0.0, freq_shift=0, dual_cross_attention=False, num_class_embeds=None)
     with torch.device("meta"):
-        UNet(_diffusers_version="0.6.0", dropout=0.0, freq_shift=0, dual_cross_attention=False, num_class_embeds=None)
+        UNet(_diffusers_version="0.6.0", **harmless)
         AutoencoderKL(force_upcast=False, latents_mean=None)
 
 
@@ -210,9 +242,12 @@ def model(tmp_path_factory):
     special = dict(bos_token_id=56, eos_token_id=57, pad_token_id=57)
     text = CLIPTextConfig(vocab_size=60, max_position_embeddings=9, **special, **width)
     vision = CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=6, **width)
-    networks = [UNet(**UNET), AutoencoderKL(**VAE), CLIPTextModel(text), CLIPVisionModelWithProjection(vision)]
-    unet, vae, text, vision = (randomise(network, torch.float32) for network in networks)
-    return StableDiffusion(unet, vae, text, tokenizer(tmp_path_factory.mktemp("tokenizer")), vision)
+    unet, vae = UNet(**UNET), AutoencoderKL(**VAE)
+    text_encoder, image_encoder = CLIPTextModel(text), CLIPVisionModelWithProjection(vision)
+    for network in (unet, vae, text_encoder, image_encoder):
+        randomise(network, torch.float32)
+    words = tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return StableDiffusion(unet, vae, text_encoder, words, image_encoder)
 
 
 def tokenizer(folder):
@@ -268,7 +303,8 @@ def test_saved_folder_has_the_published_files_and_names(saved):
         image_encoder/config.json image_encoder/model.safetensors scheduler/scheduler_config.json
         tokenizer/vocab.json tokenizer/merges.txt tokenizer/tokenizer_config.json
         feature_extractor/preprocessor_config.json"""
-    assert files - {"tokenizer/tokenizer.json", "tokenizer/special_tokens_map.json"} == set(published.split())
+    optional = {"tokenizer/tokenizer.json", "tokenizer/special_tokens_map.json"}
+    assert files - optional == set(published.split())
     assert all(name.startswith("text_model.") for name in load_file(weights(saved, "text_encoder")))
 
 
@@ -277,7 +313,8 @@ def test_save_is_half_precision_unless_told(model, tmp_path):
     for part in PARTS:
         assert {x.dtype for x in load_file(weights(tmp_path, part)).values()} == {torch.float16}
     assert StableDiffusion.load(tmp_path).unet.conv_in.weight.dtype == torch.float32
-    assert StableDiffusion.load(tmp_path, dtype=torch.bfloat16).vae.quant_conv.weight.dtype == torch.bfloat16
+    loaded = StableDiffusion.load(tmp_path, dtype=torch.bfloat16)
+    assert loaded.vae.quant_conv.weight.dtype == torch.bfloat16
 
 
 def test_save_replaces_its_parts_and_leaves_the_rest(model, folder):
@@ -286,7 +323,8 @@ def test_save_replaces_its_parts_and_leaves_the_rest(model, folder):
     (folder / "unet/diffusion_pytorch_model.fp16.safetensors").write_text("stale")
     model.save(folder)
     assert (folder / "ip_adapter/ip_adapter.safetensors").read_text() == "mine"
-    assert [path.name for path in (folder / "unet").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    left = [path.name for path in (folder / "unet").glob("*.safetensors")]
+    assert left == ["diffusion_pytorch_model.safetensors"]
     assert not list(folder.glob(".saving*"))
 
 
@@ -294,9 +332,11 @@ def test_failed_save_leaves_the_old_checkpoint_whole(model, folder, monkeypatch)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     def fail(tensors, path, metadata):
-        save_file(tensors, path) if "unet" in str(path) else exec("raise OSError('disk full')")
+        if "unet" not in str(path):
+            raise OSError("disk full")
+        save_file(tensors, path)
 
-    monkeypatch.setattr(module, "save_file", fail)
+    monkeypatch.setattr("support.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -312,7 +352,7 @@ def test_full_disk_is_an_os_error_and_leaves_the_old_file(write, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(OSError, match="weights"):
-            module.write_whole(path, lambda part: write({"x": torch.zeros(100_000)}, part))
+            write_whole(path, lambda part: write({"x": torch.zeros(100_000)}, part))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
@@ -381,13 +421,15 @@ def test_older_vae_attention_names_are_read(model, folder):
 
 
 def test_position_ids_of_older_text_encoders_are_ignored(model, folder):
-    tensors = load_file(weights(folder, "text_encoder"))
-    save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(9)[None]}, weights(folder, "text_encoder"))
+    path = weights(folder, "text_encoder")
+    tensors = load_file(path)
+    tensors["text_model.embeddings.position_ids"] = torch.arange(9)[None]
+    save_file(tensors, path)
     assert_same(StableDiffusion.load(folder), model)
 
 
 def original_unet_name(name):
-    """A UNet tensor's name in CompVis' layout, after diffusers' convert_diffusers_to_original_stable_diffusion.py."""
+    """A UNet tensor's name in CompVis' layout, as diffusers' script for the way back writes it."""
     table = {"time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2.",
              "conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
              "mid_block.attentions.0.": "middle_block.1."}
@@ -401,8 +443,8 @@ def original_unet_name(name):
             table[f"up_blocks.{i}.attentions.{j}."] = f"output_blocks.{3 * i + j}.1."
         table[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{3 * (i + 1)}.0.op."
         table[f"up_blocks.{i}.upsamplers.0."] = f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}."
-    inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
-             "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+    inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0",
+             "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
     prefix = next(prefix for prefix in table if name.startswith(prefix))
     rest = name.removeprefix(prefix)
     for ours, theirs in inner.items() if ".resnets." in prefix else ():
@@ -411,15 +453,17 @@ def original_unet_name(name):
 
 
 def original_vae_name(name):
+    table = {}
     for i in range(4):
-        name = name.replace(f"encoder.down_blocks.{i}.", f"encoder.down.{i}.")
-        name = name.replace(f"decoder.up_blocks.{i}.", f"decoder.up.{3 - i}.")
+        table[f"encoder.down_blocks.{i}."] = f"encoder.down.{i}."
+        table[f"decoder.up_blocks.{i}."] = f"decoder.up.{3 - i}."
     for j in range(2):
-        name = name.replace(f"mid_block.resnets.{j}.", f"mid.block_{j + 1}.")
-    for ours, theirs in {"resnets.": "block.", "downsamplers.0.": "downsample.", "upsamplers.0.": "upsample.",
-                         "mid_block.attentions.0.group_norm": "mid.attn_1.norm", "conv_norm_out": "norm_out",
-                         "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out", "conv_shortcut": "nin_shortcut",
-                         "mid_block.attentions.0.to_": "mid.attn_1."}.items():
+        table[f"mid_block.resnets.{j}."] = f"mid.block_{j + 1}."
+    table |= {"resnets.": "block.", "downsamplers.0.": "downsample.", "upsamplers.0.": "upsample.",
+              "mid_block.attentions.0.group_norm": "mid.attn_1.norm", "conv_norm_out": "norm_out",
+              "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out", "conv_shortcut": "nin_shortcut",
+              "mid_block.attentions.0.to_": "mid.attn_1."}
+    for ours, theirs in table.items():
         name = name.replace(ours, theirs)
     return name
 
@@ -441,7 +485,10 @@ def single_file(model):
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_single_file_checkpoint_is_the_folder_exactly(model, saved, tmp_path, suffix):
     path, tensors = tmp_path / f"v1-5-pruned-emaonly.{suffix}", single_file(model)
-    save_file(tensors, path) if suffix == "safetensors" else torch.save({"state_dict": tensors, "global_step": 1}, path)
+    if suffix == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save({"state_dict": tensors, "global_step": 1}, path)
     loaded = StableDiffusion.load(path, config=saved, image_encoder=saved)
     assert_same(loaded, model)
     assert torch.equal(loaded.encode_prompts(["a cat"]), model.encode_prompts(["a cat"]))
@@ -464,8 +511,11 @@ def test_single_file_without_config_is_stable_diffusion_15(model, saved, tmp_pat
 
 
 @pytest.mark.parametrize("part, name", [
-    ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"), ("vae", "decoder.conv_in.bias"),
-    ("text_encoder", "text_model.final_layer_norm.bias"), ("image_encoder", "visual_projection.weight")])  # fmt: skip
+    ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"),
+    ("vae", "decoder.conv_in.bias"),
+    ("text_encoder", "text_model.final_layer_norm.bias"),
+    ("image_encoder", "visual_projection.weight"),
+])  # fmt: skip
 def test_missing_misshapen_and_unexpected_tensors_are_named(folder, part, name):
     path = weights(folder, part)
     tensors = load_file(path)
@@ -476,7 +526,9 @@ def test_missing_misshapen_and_unexpected_tensors_are_named(folder, part, name):
     save_file(tensors | {name: torch.zeros(3, 3)}, path)
     with pytest.raises(ValueError) as error:
         StableDiffusion.load(folder)
-    assert all(words in str(error.value) for words in (name, "[3, 3]", str(shape))) and "\n" not in str(error.value)
+    for words in (name, "[3, 3]", str(shape)):
+        assert words in str(error.value)
+    assert "\n" not in str(error.value)
     save_file(tensors | {"stranger.weight": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="stranger.weight is unexpected"):
         StableDiffusion.load(folder)
@@ -500,8 +552,9 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, folder):
     (folder / "vae/config.json").write_text("{")
     with pytest.raises(ValueError, match="vae/config.json is not valid JSON"):
         StableDiffusion.load(folder)
-    weights(folder, "unet").write_bytes(weights(folder, "unet").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors is not a readable weight file"):
+    path = weights(folder, "unet")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=f"unet/{path.name} is not a readable weight file"):
         StableDiffusion.load(folder)
 
 
@@ -531,19 +584,21 @@ def test_other_precision_in_the_cache_is_used_when_offline(model, saved, monkeyp
             raise error
         return str(saved)
 
-    monkeypatch.setattr(module, "snapshot_download", offline)
-    assert StableDiffusion.load("someone/model", dtype=torch.bfloat16).unet.conv_in.weight.dtype == torch.bfloat16
+    monkeypatch.setattr("support.checkpoints.snapshot_download", offline)
+    loaded = StableDiffusion.load("someone/model", dtype=torch.bfloat16)
+    assert loaded.unet.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_hub_downloads_whole_parts_and_the_image_encoder_if_there_is_one(model, saved, tmp_path, monkeypatch):
     def download(repo, allow_patterns):
-        for file in (f for f in saved.rglob("*") if f.is_file()):
-            if any(fnmatch.fnmatch(name := str(file.relative_to(saved)), pattern) for pattern in allow_patterns):
+        for file in (path for path in saved.rglob("*") if path.is_file()):
+            name = str(file.relative_to(saved))
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
                 (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, tmp_path / name)
         return str(tmp_path)
 
-    monkeypatch.setattr(module, "snapshot_download", download)
+    monkeypatch.setattr("support.checkpoints.snapshot_download", download)
     assert_same(StableDiffusion.load("someone/model"), model)
 
 
@@ -575,10 +630,12 @@ def test_missing_image_encoder_matters_only_when_used(model):
 
 def test_schedules_are_read_from_their_published_settings():
     linear = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000)
-    torch.testing.assert_close(make_schedule(linear).beta, Schedule.ddpm().beta, rtol=1e-12, atol=0)
-    for key, value in dict(prediction_type="v_prediction", beta_schedule="squared", trained_betas=[0.1]).items():
+    schedule = Schedule(checkpoints.make_betas(linear))
+    torch.testing.assert_close(schedule.beta, Schedule.ddpm().beta, rtol=1e-12, atol=0)
+    others = dict(prediction_type="v_prediction", beta_schedule="squared", trained_betas=[0.1])
+    for key, value in others.items():
         with pytest.raises(ValueError, match=key):
-            make_schedule(linear | {key: value})
+            checkpoints.make_betas(linear | {key: value})
 
 
 # What goes in and out
@@ -588,9 +645,11 @@ def test_text_is_the_last_hidden_state_after_the_final_norm_padded_without_mask(
     from transformers import CLIPTextModel
 
     theirs = CLIPTextModel.from_pretrained(saved / "text_encoder").eval()
-    ids = torch.tensor([[56, 28, 2, 0, 47, 57, 57, 57, 57], [56, 57, 57, 57, 57, 57, 57, 57, 57]])  # <a> c a t, and ""
+    ids = torch.tensor([[56, 28, 2, 0, 47, 57, 57, 57, 57],  # a</w>, c, a, t</w>
+                        [56, 57, 57, 57, 57, 57, 57, 57, 57]])  # nothing
     with torch.no_grad():
-        assert relative(model.encode_prompts(["a cat", ""]), theirs(input_ids=ids).last_hidden_state) <= 1e-6
+        expected = theirs(input_ids=ids).last_hidden_state
+    assert relative(model.encode_prompts(["a cat", ""]), expected) <= 1e-6
 
 
 def test_prompt_too_long_is_cut_with_a_warning(model):
@@ -643,11 +702,12 @@ def test_embeddings_of_photos_and_of_tensors_agree_with_transformers(model, save
     from transformers import CLIPVisionModelWithProjection
 
     theirs = CLIPVisionModelWithProjection.from_pretrained(saved / "image_encoder").eval()
-    photos = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)) for i in range(2)]
+    noise = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    photos = [Image.fromarray(array) for array in noise]
     with torch.no_grad():
         expected = theirs(published_processor(16)(photos, return_tensors="pt").pixel_values).image_embeds
     assert relative(model.embed_images(photos), expected) <= 1e-5
-    x = torch.stack([torch.from_numpy(np.array(photo)).permute(2, 0, 1) for photo in photos]) / 127.5 - 1
+    x = torch.from_numpy(noise).permute(0, 3, 1, 2) / 127.5 - 1
     assert relative(model.embed_images(x), expected) <= 1e-5
 
 
@@ -662,8 +722,9 @@ def test_preprocessor_settings_of_the_folder_are_used(folder):
 
 
 @pytest.mark.slow
-def test_full_size_networks_equal_diffusers():
+def test_full_size_networks_equal_diffusers(one_thread):
     """Random weights, about 5 GB: both implementations share the UNet's 859,520,964 parameters."""
+    torch.set_num_threads(one_thread)  # all of them again
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         unet, vae = UNet(), AutoencoderKL()
@@ -683,7 +744,7 @@ def test_full_size_networks_equal_diffusers():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux reports it")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory as Linux reports it")
 def test_full_size_unet_is_loaded_without_a_second_copy(tmp_path):
     """3.4 GB on disk, and in memory once: only what the mapped file itself takes."""
     with torch.device("meta"):
@@ -691,15 +752,18 @@ def test_full_size_unet_is_loaded_without_a_second_copy(tmp_path):
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({name: torch.full(shape, 0.1) for name, shape in shapes.items()}, path)
     code = f"""if True:
-        import pathlib, unet
+        import pathlib
+        from support.checkpoints import load_network
+        from unet import UNet
         def peak():
             return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
         before = peak()
-        net = unet.build(unet.UNet, {{}}, pathlib.Path({str(path)!r}))
+        net = load_network(lambda config: UNet(**config), {{}}, pathlib.Path({str(path)!r}))
         total = sum(p.double().sum().item() for p in net.parameters())
         print(peak() - before)"""
     root = Path(module.__file__).parent
-    grown = int(subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True).stdout)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
+    grown = int(done.stdout)
     size = path.stat().st_size
     path.unlink()  # pytest keeps its temporary folders
     assert 0.9 < grown / size < 1.1

@@ -1,0 +1,1 @@
+"""What is done with the method: weights from scratch, tables, sweeps, figures, benchmarks."""

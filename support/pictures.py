@@ -1,0 +1,193 @@
+"""Pictures: found in folders, opened upright and RGB, cut, turned into tensors and back, laid in grids."""
+
+import signal
+import sys
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from support.files import write_whole
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+# ---------------------------------------------------------------- from disk
+
+
+def picture_files(folder, *patterns):
+    """The picture files of a folder, sorted by name.
+
+    patterns: the first one that finds any counts (default: *). ValueError if there is no such
+    folder, or no picture in it.
+    """
+    for pattern in patterns or ["*"]:
+        found = [file for file in Path(folder).glob(pattern) if file.suffix.lower() in PICTURES]
+        if found:
+            return sorted(found)
+    problem = "no pictures" if Path(folder).is_dir() else "no such folder"
+    kinds = ", ".join(PICTURES)
+    raise ValueError(f"{folder}: {problem}; give a folder of pictures ({kinds})")
+
+
+def load_image(path, size=None):
+    """Any picture file as an upright RGB image; `size`: its centre square, scaled to that side.
+
+    Transparent pictures are laid on white. ValueError names a file that cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            image = to_rgb(ImageOps.exif_transpose(file))
+    except Exception as error:  # each format's reader fails in its own ways
+        raise ValueError(f"{path}: not a readable picture ({error})") from None
+    return crop_square(image, size) if size else image
+
+
+def to_rgb(image):
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def crop_square(image, size):
+    """The centre square of a picture, scaled to size × size pixels."""
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def crop_for_clip(image, size):
+    """What CLIP sees of a picture: the shorter side scaled to `size` (bicubic), then the centre."""
+    width, height = image.size
+    shorter = min(width, height)
+    width = size * width // shorter
+    height = size * height // shorter
+    left = (width - size) // 2
+    top = (height - size) // 2
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
+
+
+def open_photo(clip_size, photo):
+    """A photo as pixels (3, size, size), uint8, and as CLIP sees it; None if it cannot be read."""
+    try:
+        image = photo.open()
+    except ValueError:
+        return None
+    pixels = np.asarray(crop_square(image, photo.size)).transpose(2, 0, 1)
+    return pixels, clip_size and crop_for_clip(image, clip_size)
+
+
+def open_photos(photos, clip_size=None, chunk=4096):
+    """Yield `open_photo` of every photo (it has .open() and .size), in order, opened by all cores.
+
+    All cores open one chunk, then rest until it is used up: opening and encoding at the same time
+    slow each other down.
+    """
+    context = get_context("fork" if sys.platform == "linux" else None)
+    ignore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # it is for the parent
+    with context.Pool(initializer=ignore_ctrl_c) as pool:
+
+        def open_chunks():
+            for start in range(0, len(photos), chunk):
+                part = photos[start : start + chunk]
+                at_once = min(64, chunk // 8 or 1)
+                yield from pool.map(partial(open_photo, clip_size), part, chunksize=at_once)
+
+        yield from tqdm(open_chunks(), desc="photos", total=len(photos), leave=False)
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def to_tensor(images):
+    """List of RGB images, or uint8 (B, 3, H, W), -> float (B, 3, H, W) in [−1, 1]."""
+    if not torch.is_tensor(images):
+        arrays = [torch.from_numpy(np.array(image)) for image in images]  # each (H, W, 3)
+        images = torch.stack([array.permute(2, 0, 1) for array in arrays])
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x):
+    """(B, 3, H, W) in [−1, 1] -> the same as uint8, on the CPU."""
+    x = x.detach().float().cpu().clamp(-1, 1)
+    return ((x + 1) * 127.5).round().byte()
+
+
+def to_images(x):
+    """(B, 3, H, W) in [−1, 1] -> list of RGB images."""
+    return [Image.fromarray(array.numpy()) for array in to_bytes(x).permute(0, 2, 3, 1)]
+
+
+def clip_pixels(images, size, mean, std):
+    """CLIP's preprocessing -> (B, 3, size, size): shorter side to `size`, centre, normalised.
+
+    images: (B, 3, H, W) in [−1, 1], or a list of B PIL images, which come out exactly as from the
+    published CLIPImageProcessor. mean, std: of each colour, for pixels in [0, 1].
+    """
+    from torchvision.transforms.functional import InterpolationMode, resize, to_tensor  # slow
+
+    if isinstance(images, torch.Tensor):
+        x = resize(images.float(), size, InterpolationMode.BICUBIC, antialias=True)
+        x = x.clamp(-1, 1) / 2 + 0.5
+        top = (x.shape[2] - size) // 2
+        left = (x.shape[3] - size) // 2
+        x = x[:, :, top : top + size, left : left + size]
+    else:
+        views = [crop_for_clip(image, size) for image in images]
+        x = torch.stack([to_tensor(view) for view in views])
+    mean = x.new_tensor(mean)[:, None, None]
+    std = x.new_tensor(std)[:, None, None]
+    return (x - mean) / std
+
+
+# ---------------------------------------------------------------- to disk
+
+
+def save_image(path, image):
+    """Write a PIL image: a JPEG if `path` says so, else a PNG."""
+    is_jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
+    write_whole(path, lambda part: image.save(part, "JPEG" if is_jpeg else "PNG"))
+
+
+def save_pictures(folder, x):
+    """(B, 3, H, W) in [−1, 1] -> folder/000.png, 001.png, … in place of those of an older run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9][0-9][0-9]*.png"):
+        old.unlink()
+    for k, image in enumerate(to_images(x)):
+        save_image(folder / f"{k:03d}.png", image)
+
+
+def save_grid(path, rows, columns=(), captions=(), side=128):
+    """Write one picture made of pictures.
+
+    rows: lists of (3, H, W) tensors in [−1, 1], None: blank. columns: titles over the columns.
+    captions: one over each row. side: of each picture, in pixels.
+    """
+    strip = side // 6  # height of a line of text
+    top = strip if columns else 0
+    step = side + (strip if captions else 0)
+    width = side * max(map(len, rows))
+    sheet = Image.new("RGB", (width, top + step * len(rows)), "white")
+    font = ImageFont.load_default(strip * 0.6)
+    write = partial(ImageDraw.Draw(sheet).text, fill="black", font=font)
+    for c, title in enumerate(columns):
+        write((side * (c + 0.5), strip / 2), title, anchor="mm")
+    for r, caption in enumerate(captions):
+        write((strip / 3, top + step * r + strip / 2), caption, anchor="lm")
+    for r, row in enumerate(rows):
+        for c, x in enumerate(row):
+            if x is not None:
+                picture = to_images(x[None])[0].resize((side, side), Image.Resampling.LANCZOS)
+                sheet.paste(picture, (side * c, top + step * (r + 1) - side))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_image(path, sheet)

@@ -1,0 +1,1 @@
+"""The tiny world: drawn portraits, their captions, and the small network that reads them."""
