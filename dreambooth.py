@@ -128,6 +128,7 @@ def make_class_images(sd, prompt, out, count, seed=0, steps=30, batch=8):
     """
     precision = autocast_dtype(device_of(sd.unet))
     settings = dict(prompt=prompt, seed=seed, steps=steps, precision=precision)
+    settings |= dict(scheduler=sd.scheduler, version=1)  # raised when this code makes other ones
     key = digest(sd.unet, sd.text_encoder, sd.vae, **settings)
     folder = Path(out, f"class-{key[:8]}")
     folder.mkdir(parents=True, exist_ok=True)

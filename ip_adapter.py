@@ -172,7 +172,7 @@ def drop_embeds(embeds, mask):
 
 
 def drop_conditions(c_t, embeds, null_c_t, p=0.05, generator=None):
-    """For each row, 5 % each: the text alone, the image alone, or both are dropped (as published).
+    """For each row: the text alone, the image alone, or both are dropped, with probability p each.
 
     c_t (B, L, D); embeds (B, N, E); null_c_t (1, L, D), the empty prompt. Returns c_t and embeds.
     """

@@ -77,11 +77,11 @@ def trace_sqrt(A, B):
     """
     try:
         U = cholesky(B)
+        UA = dtrmm(1.0, U, A)  # U @ A, with half the work: U is triangular
+        UAU = dtrmm(1.0, U, UA, side=1, trans_a=1)  # UA @ U.T
+        eigenvalues = np.linalg.eigvalsh(UAU)
     except LinAlgError:  # B is singular
         return trace_sqrt_singular(A, B)
-    UA = dtrmm(1.0, U, A)  # U @ A, with half the work: U is triangular
-    UAU = dtrmm(1.0, U, UA, side=1, trans_a=1)  # UA @ U.T
-    eigenvalues = np.linalg.eigvalsh(UAU)
     smallest, largest = eigenvalues[0], eigenvalues[-1]
     if smallest <= len(eigenvalues) * EPS * largest:
         return trace_sqrt_singular(A, B)

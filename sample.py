@@ -37,9 +37,10 @@ def find_adapter(model, path):
     if path is not None:
         return path
     if Path(model).resolve() == TINY.resolve():
-        runs = Path("runs").glob("*/ip-adapter.safetensors")
-        unet = Checkpoint(TINY, torch.float32).load("unet", lambda config: UNet(**config), "cpu")
-        weights = digest(unet)
+        runs = list(Path("runs").glob("*/ip-adapter.safetensors"))
+        if runs:
+            files = Checkpoint(TINY, torch.float32)
+            weights = digest(files.load("unet", lambda config: UNet(**config), "cpu"))
         for file in sorted(runs, key=lambda file: file.stat().st_mtime, reverse=True):
             _, metadata = read_adapter(file)
             if metadata.get("base", "").startswith(weights):

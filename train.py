@@ -4,13 +4,12 @@
     L = ‖ε − ε_θ(c_τ, c_i, t, z_t)‖²                                       (1)   adapter_task
 
     python train.py --agg selfattn             the paper's method: leave-one-out on --data
-    python train.py --agg none | avg | max     the same loop with another aggregator
+    python train.py --agg none | avg | …       the same loop with another aggregator
     python train.py --method dreambooth --images DIR --noun man
 
 A `Task` says what trains and what its loss is; `fit` is the loop for all of them. Every random
 number of step k comes from a generator seeded with (seed, k): a step depends on nothing before it
-but the weights and the optimiser, so --resume continues bit for bit (on the same machine, with
-the same number of threads).
+but the weights and the optimiser: --resume continues bit for bit (same machine, same threads).
 """
 
 import math
@@ -30,7 +29,7 @@ from dreambooth import (DreamBooth, add_lora, check_identifier, encode_files, ma
 from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate, noise_error
 from support.checkpoints import ADAPTER, TINY, find_beside
 from support.devices import autocast, is_large, peak_memory, pick_device, pick_precision
-from support.files import digest, digest_bytes
+from support.files import digest, digest_bytes, digest_file
 from support.history import History, report
 from support.pictures import picture_files, save_grid
 from support.program import add_device_arguments, interruptible, make_parser, require_at_least, run
@@ -125,7 +124,7 @@ def fit(task, out, options, settings=None):
                 history.check_finite("gradient", norm, step)
             scaler.step(optimizer)
             scaler.update()
-            history.end_step(step + 1, bar, interrupted())
+            history.end_step(step + 1, bar, interrupted)
     return history.rows
 
 
@@ -153,10 +152,10 @@ def validate_eq1(sd, batches):
         errors.append(error.mean(dim=(1, 2, 3)))  # (B,)
     times, errors = torch.cat(times), torch.cat(errors)
     values = {"validation": errors.mean().item()}
-    quarter = len(sd.schedule.beta) // 4
+    T = len(sd.schedule.beta)
     for k in range(4):
-        inside = times // quarter == k
-        values[f"t {k * quarter}-{(k + 1) * quarter - 1}"] = errors[inside].mean().item()
+        inside = times * 4 // T == k
+        values[f"t {k * T // 4}-{(k + 1) * T // 4 - 1}"] = errors[inside].mean().item()
     return values
 
 
@@ -211,14 +210,13 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     # The model, the adapter to start from, and digests of both for --resume.
     init = init or Path(model) / ADAPTER
     if not init.is_file():
-        hint = f"name one with --init, or another --model than {model}"
+        hint = f"name one with --init (ip-adapter_sd15.safetensors), or another --model than {model}"
         raise ValueError(f"{init}: no such adapter to start from; {hint}")
     sd = StableDiffusion.load(model, device, image_encoder=image_encoder or find_beside(init))
     adapter = IPAdapter.load(init, sd.unet, agg=agg)
     options = options.complete("adapter", sd.unet)
-    base = f"{digest(sd.unet)} {digest_encoders(sd)} {digest_bytes(init)}"
+    base = f"{digest(sd.unet)} {digest_encoders(sd)} {digest_file(init)}"
     out.mkdir(parents=True, exist_ok=True)
-    # The frozen encoders' features of all photos.
     learned, held_out = load_people(data, sd.image_size, people)
     shots = [photo for person in learned + held_out for photo in person.photos]
     photos = digest_bytes([(shot.key, shot.prompt) for shot in shots])
@@ -229,7 +227,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     sd.vae = sd.text_encoder = sd.image_encoder = None
     sd.unet.gradient_checkpointing = options.checkpointing
     task = adapter_task("adapter", sd, adapter, features, held, device)
-    rows = fit(task, out, options, dict(agg=agg, base=base, photos=photos))
+    rows = fit(task, out, options, dict(agg=agg, people=people, base=base, photos=photos))
 
     # The adapter, with how it was made, and pictures.
     path = out / "ip-adapter.safetensors"
@@ -392,10 +390,10 @@ def parse_arguments():
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--people", type=int, default=800, help="toy people to draw and train on")
     add("--init", type=Path, help="adapter file to start from (default: the one in --model)")
-    add("--steps", type=int, help="optimiser steps (default: 400; DreamBooth: 200, SD 1.5: 800)")
-    add("--batch", type=int, help="pictures a step (default: 64; DreamBooth: 8, SD 1.5: 1)")
+    add("--steps", type=int, help="optimiser steps (default: 400; DreamBooth: 200, of SD 1.5 800)")
+    add("--batch", type=int, help="photos a step (default: 64; DreamBooth: 8 and 8, of SD 1.5 1 and 1)")
     add("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
-    add("--lr", type=float, help="peak learning rate (default: 1e-3; SD 1.5: 1e-4, DreamBooth 5e-6)")
+    add("--lr", type=float, help="peak learning rate (default: 1e-3; SD 1.5: 1e-4, DreamBooth of all of it 5e-6)")
     add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
     add("--every", type=int, default=100, help="steps between checkpoints and validations")
     add("--seed", type=int, default=0, help="of the random numbers of training")
@@ -423,6 +421,8 @@ def check_arguments(args):
     if args.method == "dreambooth" and not (args.images and args.noun):
         needs = "--images, a folder of photos, and --noun, what they show"
         raise ValueError(f"--method dreambooth needs {needs}")
+    if args.lr is not None and not args.lr > 0:
+        raise ValueError(f"--lr {args.lr}: it must be greater than 0")
     if args.lora is not None and (args.lora < 1 or args.train_text_encoder):
         rule = "takes a rank of at least 1, and trains the UNet only: without --train-text-encoder"
         raise ValueError(f"--lora {rule}")

@@ -523,7 +523,7 @@ def parse_arguments():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--people", type=int, default=4000, help="toy people to draw and train on")
-    add("--steps", type=int, help="optimiser steps of every stage; None: each stage's own")
+    add("--steps", type=int, help="optimiser steps of every stage (default: each stage's own)")
     add("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
     add("--every", type=int, default=100, help="steps between checkpoints and validations")
     add("--seed", type=int, default=0, help="decides every random number, but not the people")

@@ -24,7 +24,7 @@ import torch
 
 from data import ToyFaces
 from dreambooth import DreamBooth, make_class_images
-from experiments.exam import REFERENCES, Settings, make_pictures, teach_person
+from experiments.exam import REFERENCES, VERSION, Settings, make_pictures, teach_person
 from experiments.scores import format_cell
 from metrics import bootstrap_ci
 from support.checkpoints import TINY
@@ -32,6 +32,7 @@ from support.devices import autocast, pick_device, pick_precision
 from support.files import CACHE, digest
 from support.pictures import to_tensor
 from support.program import make_parser, run
+from toyfaces import drawing
 from toyfaces.drawing import SCENE
 from toyfaces.judge import FeatureNet, grade
 from train import DEFAULTS
@@ -153,7 +154,8 @@ def main():
     said = {
         "weights": digest(sd.unet, sd.vae, sd.text_encoder, judge), "steps": args.steps,
         "lr": args.lr, "lora_lr": args.lora_lr, "class_pictures": args.class_pictures,
-        "seed": args.seed, "precision": settings.precision,
+        "seed": args.seed, "precision": settings.precision, "methods": str(METHODS),
+        "versions": [VERSION, drawing.VERSION],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = read_results(args.out, said)

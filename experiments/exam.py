@@ -28,6 +28,7 @@ from unet import StableDiffusion
 
 VERSION = 1  # of the pictures: raised by hand when this or any other code makes other ones
 REFERENCES = 9
+DREAMBOOTH = DreamBooth()  # how its row is trained: as train.py does by default
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Method:
     references: int = REFERENCES  # the first so many photos
     kinds: tuple = None  # instead: nine photos, each of a kind (Exam.embed_kinds)
     lam: float = 1.0
+    guidance: float = None  # w, if it is not that of the settings
 
 
 class Exam:
@@ -98,14 +100,17 @@ class Exam:
         weights = method.file and hashlib.sha256(method.file.read_bytes()).hexdigest()
         key = (*self.cache_key(), self.prompts, weights, replace(method, file=None))
 
+        settings = self.settings
+        if method.guidance is not None:
+            settings = replace(settings, guidance=method.guidance)
+
         def compute():
             adapter = None
             if method.file:
                 adapter = IPAdapter.load(method.file, self.sd.unet, method.agg)
             embeds = self.embed_references(method, adapter).repeat_interleave(self.n, 0)
-            seed = self.settings.seed
             return make_pictures(
-                self.sd, self.prompts, self.settings, seed, adapter, embeds, method.lam)
+                self.sd, self.prompts, settings, settings.seed, adapter, embeds, method.lam)
 
         return load_or_compute(compute, *key)
 
@@ -149,7 +154,8 @@ class Exam:
         made = []
         for p in tqdm(range(len(self.people)), "DreamBooth, people"):
             prompts = self.prompts[p * self.n : (p + 1) * self.n]
-            key = (*self.cache_key(), prompts, "DreamBooth", p, DEFAULTS["dreambooth", False])
+            how = (DREAMBOOTH, DEFAULTS["dreambooth", False])
+            key = (*self.cache_key(), prompts, "DreamBooth", p, *how)
             made.append(load_or_compute(lambda: self.make_person(p, prompts), *key))
         pictures = torch.cat([one["x"] for one in made])
         return {"x": pictures, "seconds": sum(one["seconds"] for one in made)}
@@ -157,7 +163,7 @@ class Exam:
     def make_person(self, p, prompts):
         began = time.perf_counter()
         prompts = [prompt.replace("person", "sks person") for prompt in prompts]
-        taught = teach_person(self.sd, self.pictures[p, :REFERENCES], self.settings, DreamBooth())
+        taught = teach_person(self.sd, self.pictures[p, :REFERENCES], self.settings, DREAMBOOTH)
         seed = self.settings.seed + p * self.n
         made = make_pictures(taught, prompts, self.settings, seed)
         return {"x": made["x"], "seconds": torch.tensor(time.perf_counter() - began)}

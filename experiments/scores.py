@@ -76,7 +76,7 @@ class Table:
         target = scenes if scenes[0] < exam.n else None
         clip_i, copied = compare_embeddings(embeds[self.groups], references, held, target)
         clip_t = self.compare_to_prompts(embeds, [shot.prompt for shot in shots])
-        self.grades[name] = {**grades, "copy": copied}
+        self.grades[name] = grades
 
         distance = partial(self.measure_fid, name)
         features, probs = grades["features"], grades["probs"]
@@ -141,15 +141,15 @@ class Table:
             by_identity = self.estimate(lambda i: float(identity[i].mean()))
             self.print_line(name, format_cell(by_fid), format_cell(by_identity))
 
-    def write(self, out, stem):
-        """out/<stem>.md and .json."""
+    def write(self, out, stem, w=None):
+        """out/<stem>.md and .json. w: what the note says of the guidance, if it is not one number."""
         settings = self.exam.settings
         program = sys.argv[0].replace("\\", "/").removesuffix(".py").split("/")[-2:]
         command = " ".join(["python -m", ".".join(program), *sys.argv[1:]])
         note = f"""
 `{command}`: {settings.people} people never seen in training,
 {settings.photos} prompts each, {settings.seeds} pictures a prompt,
-w = {settings.guidance}, {settings.steps} steps, seed {settings.seed}. FID, KID and IS: {self.judge.name}.
+{w or f"w = {settings.guidance}"}, {settings.steps} steps, seed {settings.seed}. FID, KID and IS: {self.judge.name}.
 In brackets: 95 % intervals over people. Identity, prompt: right attributes among those that the
 prompt leaves visible. CLIP-I: cosine to the person's other held-out photos; copy: cosine to the
 nearest reference, minus CLIP-I. DreamBooth's seconds include fine-tuning, and a share of the class
@@ -158,7 +158,7 @@ pictures if these were not there yet. IS counts a guess for the hair under a hat
         content = {
             "command": command,
             "features": self.judge.name,
-            "dreambooth": DEFAULTS["dreambooth", False],
+            "dreambooth": dict(zip(("steps", "batch", "lr"), DEFAULTS["dreambooth", False])),
             "settings": {name: str(value) for name, value in vars(settings).items()},
             "rows": self.rows,
         }

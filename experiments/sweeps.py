@@ -32,7 +32,7 @@ GUIDANCES = (1.5, 2.5, 4.0, 6.0)
 
 
 def list_methods(which, files):
-    """The rows of a sweep: (name of the method, what is varied, its value, Method or w)."""
+    """The rows of a sweep: (name of the method, what is varied, its value, Method)."""
     shipped = TINY / ADAPTER
     single = ("IP-Adapter", Method(shipped, "none"))
     maximum = ("IP-Adapter + Max Pooling", Method(shipped, "max"))
@@ -51,7 +51,7 @@ def list_methods(which, files):
     elif which == "w":
         for name, method in (single, average, selfattn):
             for w in GUIDANCES:
-                rows.append((name, f"w = {w}", w, method))
+                rows.append((name, f"w = {w}", w, replace(method, guidance=w)))
     else:
         tuned = ("Avg, fine-tuned", Method(files["avg"], "avg"))
         concat = ("Concat, fine-tuned", Method(files["concat"], "concat"))
@@ -69,12 +69,10 @@ def make_sweep(which, settings, runs, out):
     table = Table(exam)
     curves = {}
     for name, label, value, method in list_methods(which, files):
-        if which == "w":
-            exam.settings = replace(settings, guidance=value)
         made = exam.make(method)
         row = table.add(f"{name}; {label}", made["x"], made["seconds"])
         curves.setdefault(name, []).append((value, *row["identity ↑"]))
-    table.write(out, f"sweep_{which}")
+    table.write(out, f"sweep_{which}", w="w as in the rows" if which == "w" else None)
     if which == "kinds":
         return  # not a curve
     x_label = {"refs": "number of references", "lam": "λ", "w": "guidance w"}[which]

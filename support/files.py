@@ -62,6 +62,11 @@ def digest(*networks, **settings):
     return sha.hexdigest()[:16]
 
 
+def digest_file(path):
+    """Sixteen hex digits of a file's content."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def digest_bytes(*parts):
     """Sixteen hex digits for byte strings, files and anything that has a repr."""
     sha = hashlib.sha256()

@@ -103,15 +103,16 @@ class History:
             raise ValueError(f"{self.task.name}: {what}; {kept}. {advice}")
 
     def end_step(self, step, bar, interrupted):
-        """Validate and save when it is time; save and stop after Ctrl-C."""
+        """Validate and save when it is time; save and stop after Ctrl-C (interrupted())."""
         is_time = step % self.options.every == 0 or step == self.options.steps
         if is_time:
             self.validate(step)
             row = self.rows[-1]
             bar.set_postfix_str(f"loss {row['train']:.4f}, validation {row['validation']:.4f}")
-        if is_time or interrupted:
+        stops = interrupted()
+        if is_time or stops:
             self.save(step)
-        if interrupted:
+        if stops or interrupted():  # or while it was saved
             bar.close()
             hint = "the same command with --resume goes on from there"
             raise KeyboardInterrupt(f"stopped at step {step}; {hint}")

@@ -42,7 +42,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to the help of every option that has one and does not say it in words."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, "") or "(default" in action.help:
+        is_nothing = action.default is None or action.default is False or action.default == ""
+        if is_nothing or "(default" in action.help:
             return action.help
         return super()._get_help_string(action)
 

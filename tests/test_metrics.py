@@ -44,6 +44,16 @@ def test_eq4_commuting_covariances_are_distances_of_standard_deviations():
     assert frechet_distance(m, Q @ (a**2).diag() @ Q.T, m, Q @ (b**2).diag() @ Q.T) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("d", [2, 24])
+def test_eq4_is_the_textbook_formula(d):
+    p, q = Gaussian(skewed(300, d, 1)), Gaussian(skewed(200, d, 2))
+    arrays = [v.numpy() for v in (p.mu, p.sigma, q.mu, q.sigma)]
+    expected = textbook_frechet_distance(*arrays)
+    assert expected > 0.01
+    assert frechet_distance(*arrays) == pytest.approx(expected, rel=1e-9)
+    assert fid(skewed(300, d, 1), skewed(200, d, 2)) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("rank_p, rank_q", [(1, 1), (1, None), (None, 1)])
 def test_eq4_rank_one_covariances_have_a_closed_form(rank_p, rank_q):
     # Tr((aaᵀ Σ)^½) = √(aᵀΣa), for Σ = bbᵀ too

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import aggregators
 import ip_adapter
 import train
 from data import LFW, Features
@@ -505,3 +506,29 @@ def test_unknown_aggregator_is_exit_2(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         program(monkeypatch, "--agg", "median")
     assert stop.value.code == 2 and "median" in capsys.readouterr().err
+
+
+def test_an_adapter_is_trained_on_as_many_references_as_its_aggregator_wants(tiny_model, monkeypatch):
+    class Three(aggregators.AveragePooling):
+        references = 3
+
+    monkeypatch.setitem(aggregators.AGGREGATORS, "three", Three)
+    features = SimpleNamespace(
+        groups=[torch.arange(10)], z_0=torch.zeros(10, 4, 16, 16), embeds=torch.randn(10, 128),
+        c_t=torch.zeros(1, 48, 128), prompt=torch.zeros(10, dtype=torch.long), null_c_t=torch.zeros(1, 48, 128))
+    for agg, wanted in (("three", 3), ("avg", 9), ("selfattn", 9)):
+        adapter, shapes = IPAdapter(tiny_model.unet, 128, agg), []
+        tokens = adapter.tokens
+        monkeypatch.setattr(adapter, "tokens", lambda embeds: shapes.append(embeds.shape[1]) or tokens(embeds))
+        task = train.adapter_task("adapter", tiny_model, adapter, features, features, torch.device("cpu"))
+        task.loss(2, torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            task.validate()
+        assert set(shapes) == {wanted}
+
+
+@pytest.mark.parametrize("lr", [0, -1, "nan"])
+def test_a_learning_rate_that_learns_nothing_is_refused(lr, tiny_folder, workdir, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program(monkeypatch, "--model", tiny_folder, "--lr", lr)
+    assert stop.value.code == 2 and "--lr" in capsys.readouterr().err
