@@ -53,8 +53,7 @@ def draw_unseen_person(seed, size):
     """Nine photos and the tenth's prompt of a toy person that no adapter was trained on."""
     person = ToyFaces(100, size=size, seed=2).people[seed % 100]  # data.load_people holds them out
     print(f"references: {person.name}, photos 1 to 9; give your own with --refs")
-    images = [photo.image for photo in person.photos[:9]]
-    return images, person.photos[9].prompt
+    return [photo.image for photo in person.photos[:9]], person.photos[9].prompt
 
 
 @torch.inference_mode()
@@ -87,8 +86,7 @@ def save_sheet(path, references, images, prompt, per_row=9):
     """A grid: the reference pictures in the upper rows, the pictures (B, 3, H, W) in the lower."""
     size = images.shape[-1]
     shown = [to_tensor([ImageOps.fit(image, (size, size))])[0] for image in references]
-    rows = []
-    captions = []
+    rows, captions = [], []
     for pictures, caption in ((shown, "references"), (list(images), prompt)):
         for start in range(0, len(pictures), per_row):
             rows.append(pictures[start : start + per_row])
@@ -132,23 +130,23 @@ def check_arguments(args):
         raise ValueError("--benchmark with --steps 1: the first step only warms up, give it more")
 
 
-def find_references(args, adapter_file, size):
-    """The reference pictures and the prompt that are asked for. ValueError if they do not fit."""
-    references = []
-    prompt = args.prompt
-    is_tiny = Path(args.model).resolve() == TINY.resolve()
-    if args.refs:
-        references = [load_image(path) for path in args.refs]
-    elif adapter_file and is_tiny and not args.lora:
-        references, scene = draw_unseen_person(args.seed, size)
-        prompt = scene if prompt is None else prompt
+def find_references(model, refs, adapter_file, lora, seed, size):
+    """The reference pictures, none for text only, and the scene of an unseen toy person or None."""
+    if refs:
+        return [load_image(path) for path in refs], None
+    is_tiny = Path(model).resolve() == TINY.resolve()
+    if adapter_file and is_tiny and not lora:
+        return draw_unseen_person(seed, size)
+    return [], None
+
+
+def check_request(args, references, prompt, adapter_file):
     if (args.adapter or args.agg) and not references:
         raise ValueError("--adapter and --agg are for reference photos: name some with --refs")
     if prompt is None:
         raise ValueError("no prompt: say what to show with --prompt")
     if references and adapter_file is None:
         raise ValueError(f"{args.model} comes without an adapter: name one with --adapter")
-    return references, prompt
 
 
 def main():
@@ -159,11 +157,13 @@ def main():
     adapter_file = find_adapter(args.model, args.adapter)
     image_encoder = args.image_encoder or (adapter_file and find_beside(adapter_file))
     sd = load_model(args.model, device, precision, image_encoder, args.lora)
-    references, prompt = find_references(args, adapter_file, sd.image_size)
+    references, scene = find_references(args.model, args.refs, adapter_file, args.lora, args.seed,
+                                        sd.image_size)
+    prompt = scene if args.prompt is None else args.prompt
+    check_request(args, references, prompt, adapter_file)
 
     # The conditions: image tokens, the prompt's tokens, and those of "no condition".
-    source = "text only"
-    c_i = null_c_i = None
+    source, c_i, null_c_i = "text only", None, None
     if references:
         adapter = IPAdapter.load(adapter_file, sd.unet, args.agg)
         source = f"{adapter_file} ({adapter.agg})"
@@ -182,12 +182,11 @@ def main():
     except torch._dynamo.exc.TorchDynamoException as error:
         raise ValueError(f"--compile: {str(error).splitlines()[0]}") from None
     seconds = stopwatch.seconds()
-
     save_sheet(args.out, references, images, prompt)
     folder = args.out.parent / f"{args.out.stem}_pictures"
     save_pictures(folder, images)
-    print(f'{source}: "{prompt}", {args.n} pictures in {seconds:.1f} s')
-    print(f"wrote {args.out}, and each picture by itself to {folder}/")
+    print(f'{source}: "{prompt}", {args.n} pictures in {seconds:.1f} s\n'
+          f"wrote {args.out}, and each picture by itself to {folder}/")
     if args.benchmark:
         print(stopwatch.report(precision))
 
