@@ -136,8 +136,8 @@ def choose_references(given, n, rows=(), generator=None):
     Of more than n the first n. Of fewer all, and the missing ones are drawn from them with
     replacement, for each row on its own (bootstrap, section 3.5). Twelve and four for n = 9:
         [0, 1, 2, 3, 4, 5, 6, 7, 8]      and      [0, 1, 2, 3, 2, 0, 0, 3, 1], say.
-    Only the second is random; the numbers come from `generator` (None: PyTorch's global one). In
-    training, a random ten of a person's photos take part first (data.leave_one_out).
+    Only the second is random, from `generator` (None: PyTorch's global one); sample.py always takes
+    seed 0. In training a random ten of a person's photos take part first (data.leave_one_out).
     ValueError if none is given.
     """
     if given == 0:
