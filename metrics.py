@@ -290,7 +290,7 @@ def rank_one(cosines):
 
 
 def nearest_reference(made, references):
-    """Cosine to the nearest reference of the person: P tensors (n_p, E) and (N_p, E) -> P (n_p,)."""
+    """Cosine to the person's nearest reference: P tensors (n_p, E) and (N_p, E) -> P (n_p,)."""
     values = []
     for pictures, photos in zip(made, references, strict=True):
         cosines = F.normalize(pictures, dim=1) @ F.normalize(photos, dim=1).T

@@ -175,5 +175,5 @@ class MobileFaceNet(nn.Module):
         return x.flatten(1)
 
     def read(self, images):
-        """Faces (B, 3, 112, 112) -> features (B, 128) of face plus mirror image; None: no p(y|x)."""
+        """Faces (B, 3, 112, 112) -> features (B, 128), face plus mirror image; no p(y|x)."""
         return self(images) + self(images.flip(3)), None

@@ -14,9 +14,9 @@ from metrics import (compare_people, compare_real_people, face_copying, face_ide
                      mean_over_people, nearest_reference, rank_one)
 from support.face_net import DEEP_FUNNELED, WHOLE, MobileFaceNet, map_box, parse_box
 from support.pictures import to_tensor
-from test_metrics import command, toy_judge  # noqa: F401 (fixtures)
+from test_metrics import command, toy_judge  # fixtures
 
-# Expansion, input and output channels, stride of the fifteen inverted residuals (the paper's table 1).
+# The fifteen inverted residuals: expansion, input and output channels, stride.
 RESIDUALS = (
     [(2, 64, 64, 2)] + [(2, 64, 64, 1)] * 4 + [(4, 64, 128, 2)] + [(2, 128, 128, 1)] * 6
     + [(4, 128, 128, 2)] + [(2, 128, 128, 1)] * 2
@@ -98,7 +98,7 @@ def test_faces_are_cut_and_scaled_as_pillow_does(state, size, box):
     edges = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
     expected = to_tensor([photo.resize((112, 112), Image.Resampling.BICUBIC, box=edges)])
     found = MobileFaceNet(state, box).resize(to_tensor([photo]))
-    difference = (found - expected).abs() * 127.5  # in the 256 levels; Pillow rounds after each pass
+    difference = (found - expected).abs() * 127.5  # of 256 levels; Pillow rounds twice
     assert difference.max() < 3 and difference.mean() < 0.4
 
 
@@ -171,7 +171,7 @@ def test_files_that_are_no_face_net_are_refused_in_one_line(state, tmp_path):
 LFW_ROOT, FACES = os.getenv("LFW_ROOT"), os.getenv("FACES")
 
 
-@pytest.mark.skipif(not (LFW_ROOT and FACES), reason="LFW_ROOT and FACES name the photos and the weights")
+@pytest.mark.skipif(not (LFW_ROOT and FACES), reason="LFW_ROOT or FACES names no file")
 def test_face_net_tells_people_of_lfw_apart():
     judge = MobileFaceNet(FACES, DEEP_FUNNELED)
     people = split(LFW(LFW_ROOT, 250).people)[1]
@@ -214,7 +214,8 @@ def test_identity_is_the_mean_cosine_to_the_held_out_photos():
 def test_rank_one_asks_who_of_all_people_is_the_nearest():
     made = [torch.stack([A, B]), torch.stack([B, C, A]), C[None]]
     held = [A[None], torch.stack([B, B, C]), C[None]]
-    assert [row.tolist() for row in rank_one(compare_people(made, held))] == [[1, 0], [1, 0, 0], [1]]
+    hits = [row.tolist() for row in rank_one(compare_people(made, held))]
+    assert hits == [[1, 0], [1, 0, 0], [1]]
 
 
 def test_real_photos_are_compared_with_the_others_of_the_person():
@@ -267,7 +268,7 @@ def read_by_hand(judge, folder):
     return features
 
 
-def test_command_line_scores_the_faces_of_people(toy_judge, face_folders, command):  # noqa: F811
+def test_command_line_scores_the_faces_of_people(toy_judge, face_folders, command):
     file, real, made, given = face_folders
     code, out, _ = command(real, made, "--faces", file, "--references", given,
                            "--face-box", "0.1,0.1,0.9,0.9", "--device", "cpu")  # fmt: skip
@@ -286,14 +287,15 @@ def test_command_line_scores_the_faces_of_people(toy_judge, face_folders, comman
         (", strangers", others, compare_people(others, held)),
     ):
         identity = face_identity(cosines)
-        copying = face_copying(nearest_reference(shots, references), identity)
-        for name, values in (("identity", identity), ("rank-1", rank_one(cosines)), ("copying", copying)):
+        expected = {"identity": identity, "rank-1": rank_one(cosines)}
+        expected["copying"] = face_copying(nearest_reference(shots, references), identity)
+        for name, values in expected.items():
             assert float(table[name + kind]) == pytest.approx(mean_over_people(values), abs=1e-4)
     assert float(table["rank-1, strangers"]) == 0
     assert float(table["face distance (Fréchet)"]) > 0
 
 
-def test_folders_that_hold_other_people_are_one_clear_line(toy_judge, face_folders, command):  # noqa: F811
+def test_folders_that_hold_other_people_are_one_clear_line(toy_judge, face_folders, command):
     file, real, made, given = face_folders
     ann = real / "Ann"
     for args, words in (
