@@ -158,8 +158,10 @@ class MobileFaceNet(nn.Module):
     def resize(self, images):
         """Cut the face out of pictures of any size: (B, 3, H, W) -> (B, 3, 112, 112)."""
         left, top, right, bottom = self.box
-        rows = bicubic_weights(images.shape[2], top, bottom).to(images)
-        columns = bicubic_weights(images.shape[3], left, right).to(images)
+        rows = bicubic_weights(images.shape[2], top, bottom).to(images.dtype)
+        columns = bicubic_weights(images.shape[3], left, right).to(images.dtype)
+        rows = rows.to(images.device)  # float64 stayed behind: mps has none
+        columns = columns.to(images.device)
         # Bicubic overshoots at edges; as in Pillow that is clipped after each pass.
         narrow = (images @ columns.T).clamp(-1, 1)  # (B, 3, H, W) x (W, 112)
         return (rows @ narrow).clamp(-1, 1)  # (112, H) x (B, 3, H, 112)
