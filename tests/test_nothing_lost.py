@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from support import files, history
+from support.checkpoints import write_tokenizer
 from support.claim import claim
 from support.files import check_writable, load_or_compute, save_tensors, write_all, write_json, write_whole
 from support.pictures import open_photos, save_image, save_pictures
@@ -87,6 +88,11 @@ def test_full_disk_is_one_line_with_the_name_and_the_reason_and_the_old_file_sta
         WRITERS[name](path)
     assert str(error.value) == f"{path} cannot be written: File too large"
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_is_the_reason_also_where_the_tokenizer_is_saved(full_disk, tiny_model, tmp_path):
+    with pytest.raises(OSError, match="tokenizer cannot be written: File too large"):
+        write_tokenizer(tmp_path / "tokenizer", tiny_model.tokenizer)
 
 
 def test_table_is_written_with_all_its_files_or_not_at_all(full_disk, tmp_path):
@@ -508,12 +514,14 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
 def test_unreadable_newest_adapter_is_left_out_with_a_warning(workdir, tiny_folder, tiny_model, monkeypatch):
     monkeypatch.setattr(sample, "TINY", tiny_folder)
     tensors = {f"image_proj.{layer}.weight": torch.zeros(1) for layer in ("proj", "norm")}
-    for name in ("whole", "cut", "gone"):
+    for name in ("whole", "cut"):
         (workdir / "runs" / name).mkdir(parents=True)
-    whole, broken, gone = [workdir / "runs" / name / "ip-adapter.safetensors" for name in ("whole", "cut", "gone")]
+    whole, broken = [workdir / "runs" / name / "ip-adapter.safetensors" for name in ("whole", "cut")]
+    (workdir / "runs" / "folder" / "ip-adapter.safetensors").mkdir(parents=True)
     save_file(tensors, whole, {"base": files.digest(tiny_model.unet)})
     broken.write_bytes(whole.read_bytes()[:-1])
-    gone.symlink_to("nowhere")
     os.utime(whole, (0, 0))
-    with pytest.warns(UserWarning, match="cut.*left out"):
+    with pytest.warns(UserWarning) as given:
         assert sample.find_adapter(tiny_folder, None).parent.name == "whole"
+    (warning,) = given
+    assert "cut" in str(warning.message) and "left out" in str(warning.message)
