@@ -10,6 +10,7 @@
 Self-attention reads nine references (of more the first nine, fewer are bootstrapped), others all.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from ip_adapter import IPAdapter, generate
 from support.checkpoints import ADAPTER, TINY, Checkpoint, find_beside, read_adapter
 from support.devices import DTYPE, Stopwatch, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
-from support.files import digest
+from support.files import check_writable, digest
 from support.pictures import load_image, save_grid, save_pictures, to_tensor
 from support.program import add_device_arguments, make_parser, require_at_least, run
 from unet import StableDiffusion, UNet
@@ -37,12 +38,16 @@ def find_adapter(model, path):
     if path is not None:
         return path
     if Path(model).resolve() == TINY.resolve():
-        runs = list(Path("runs").glob("*/ip-adapter.safetensors"))
+        runs = [file for file in Path("runs").glob("*/ip-adapter.safetensors") if file.is_file()]
         if runs:
             files = Checkpoint(TINY, torch.float32)
             weights = digest(files.load("unet", lambda config: UNet(**config), "cpu"))
         for file in sorted(runs, key=lambda file: file.stat().st_mtime, reverse=True):
-            _, metadata = read_adapter(file)
+            try:
+                _, metadata = read_adapter(file)
+            except ValueError as error:
+                warnings.warn(f"{error}: left out")
+                continue
             if metadata.get("base", "").startswith(weights):
                 return file
     shipped = Path(model) / ADAPTER
@@ -173,7 +178,7 @@ def main():
     null_c_t = sd.encode_prompts([args.negative])
 
     # From noise to pictures.
-    args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    check_writable(args.out.parent)  # before the work, not after it
     stopwatch = Stopwatch(sd.unet, device, count_steps=args.benchmark)
     prepare_unet(sd.unet, device, precision, args.compile)
     try:

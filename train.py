@@ -30,7 +30,7 @@ from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate, noise
 from support.checkpoints import ADAPTER, TINY, find_beside
 from support.devices import autocast, is_large, peak_memory, pick_device, pick_precision
 from support.files import digest, digest_bytes, digest_file
-from support.history import History, report
+from support.history import History, own_run, report
 from support.pictures import picture_files, save_grid
 from support.program import add_device_arguments, interruptible, make_parser, require_at_least, run
 from unet import StableDiffusion
@@ -94,8 +94,8 @@ def fit(task, out, options, settings=None):
 
     Writes the log out/<name>.csv and the checkpoint out/<name>.pt every `options.every` steps.
     settings: what else the result depends on; --resume refuses a checkpoint with other ones.
-    ValueError at a loss or gradient that is not finite: the checkpoint before it stays. Ctrl-C
-    finishes the step, writes a checkpoint and raises KeyboardInterrupt.
+    ValueError at a loss or gradient that is not finite: the checkpoint before it stays. Ctrl-C and
+    SIGTERM finish the step, write a checkpoint and raise KeyboardInterrupt.
     """
     parameters = [weight for weight in task.module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(parameters, options.lr, weight_decay=0.01)
@@ -216,7 +216,6 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     adapter = IPAdapter.load(init, sd.unet, agg=agg)
     options = options.complete("adapter", sd.unet)
     base = f"{digest(sd.unet)} {digest_encoders(sd)} {digest_file(init)}"
-    out.mkdir(parents=True, exist_ok=True)
     learned, held_out = load_people(data, sd.image_size, people)
     shots = [photo for person in learned + held_out for photo in person.photos]
     photos = digest_bytes([(shot.key, shot.prompt) for shot in shots])
@@ -436,14 +435,15 @@ def main():
                       args.lr, args.accumulate, args.every, args.seed, args.resume,
                       args.checkpointing)
     torch.manual_seed(args.seed)
-    if args.method == "adapter":
-        out = args.out or Path("runs") / args.agg
-        train_adapter(out, options, args.model, args.agg, args.data, args.people, args.init,
-                      args.image_encoder)
-    else:
-        method = DreamBooth(args.prior_weight, args.class_images, args.train_text_encoder, args.lora)
-        out = args.out or Path("runs/dreambooth")
-        train_dreambooth(out, options, method, args.model, args.images, args.identifier, args.noun)
+    out = args.out or Path("runs") / (args.agg if args.method == "adapter" else "dreambooth")
+    method = DreamBooth(args.prior_weight, args.class_images, args.train_text_encoder, args.lora)
+    with own_run(out, args.method, args.resume):
+        if args.method == "adapter":
+            train_adapter(out, options, args.model, args.agg, args.data, args.people, args.init,
+                          args.image_encoder)
+        else:
+            train_dreambooth(out, options, method, args.model, args.images, args.identifier,
+                             args.noun)
 
 
 if __name__ == "__main__":

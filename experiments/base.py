@@ -33,8 +33,9 @@ from tqdm import tqdm
 from data import Features, ToyFaces
 from ip_adapter import IPAdapter, adapter_loss
 from support.checkpoints import ADAPTER, TINY
+from support.claim import claim
 from support.devices import autocast, device_of, pick_device, pick_precision
-from support.files import load_or_compute
+from support.files import check_writable, load_or_compute
 from support.pictures import open_photos, to_bytes, to_tensor
 from support.program import add_device_arguments, make_parser, require_at_least, run
 from toyfaces import drawing
@@ -45,6 +46,7 @@ from train import Options, Task, adapter_task, draw_t_and_eps, fit, fixed_valida
 from unet import AutoencoderKL, Posterior, StableDiffusion, UNet
 
 RUNS = Path("runs/base")  # logs and checkpoints of the stages
+FINISHED = RUNS / "finished"  # is there when the results of these checkpoints are written
 VERSION = 1  # of the pixels in the cache: raised by hand when this code gives other ones
 
 STAGES = {  # name: steps, batch, peak learning rate
@@ -465,9 +467,17 @@ def train_stage(task, sd, options, people):
 
 
 def forget_older_run():
-    """Remove the checkpoints of all stages: the later ones would be taken for this run's."""
-    for name in STAGES:
-        (RUNS / f"{name}.pt").unlink(missing_ok=True)
+    """Remove the checkpoints of a finished run: the later ones would be taken for this run's.
+
+    ValueError if there are some of a run that is not finished.
+    """
+    checkpoints = [RUNS / f"{name}.pt" for name in STAGES]
+    found = [path for path in checkpoints if path.exists()]
+    if found and not FINISHED.exists():
+        ways = "go on with --resume, or move that folder away to start anew"
+        raise ValueError(f"{RUNS} holds the checkpoints of a run that is not finished: {ways}")
+    for path in found:
+        path.unlink()
 
 
 def train_base(out, options, people):
@@ -479,6 +489,7 @@ def train_base(out, options, people):
     device = options.device
     if not options.resume:
         forget_older_run()
+    FINISHED.unlink(missing_ok=True)
     faces = make_faces(people, seed=0)
     held = make_faces(min(people, 100), seed=2)  # validation people, as in data.load_people
     sd = make_tiny_world(write_corpus(faces.labels), device)
@@ -504,15 +515,17 @@ def train_base(out, options, people):
     task = adapter_task("ip_adapter", sd, adapter, features, held_features, device, alone=True)
     train_stage(task, sd, options, people)
     save_world(out, sd, judge, adapter)
+    FINISHED.touch()
 
 
 def save_world(out, sd, judge, adapter):
     """Write the checkpoint, the judge and the adapter, all in float16."""
-    sd.save(out)
-    judge.save(out / "feature_net")
-    path = out / ADAPTER
-    path.parent.mkdir(exist_ok=True)
-    adapter.half().save(path)
+    with claim(out):
+        sd.save(out)
+        judge.save(out / "feature_net")
+        path = out / ADAPTER
+        path.parent.mkdir(exist_ok=True)
+        adapter.half().save(path)
     print(f"wrote {out}")
 
 
@@ -548,7 +561,9 @@ def main():
         resume=args.resume,
     )
     torch.manual_seed(args.seed)
-    train_base(args.out, options, args.people)
+    check_writable(args.out)
+    with claim(RUNS):
+        train_base(args.out, options, args.people)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from support.files import read_json, save_tensors, write_json
+from support.files import find_reason, read_json, save_tensors, write_json
 from support.tensor_names import our_name
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"  # the model that ships with this code
@@ -446,9 +446,13 @@ def write_tokenizer(folder, tokenizer):
     if backend:  # it remembers the padding of its last call
         backend.no_truncation()
         backend.no_padding()
-    tokenizer.save_pretrained(folder)
-    if backend:
-        backend.model.save(str(folder))  # vocab.json and merges.txt, which transformers 5 leaves out
+    try:
+        tokenizer.save_pretrained(folder)
+        if backend:
+            backend.model.save(str(folder))  # vocab.json and merges.txt: transformers 5 leaves them out
+    except Exception as error:  # of many kinds
+        reason = find_reason(folder / "vocab.json", error)
+        raise OSError(f"{folder} cannot be written: {reason}") from error
 
 
 # ---------------------------------------------------------------- adapter files

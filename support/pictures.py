@@ -1,19 +1,26 @@
 """Pictures: found in folders, opened upright and RGB, cut, turned into tensors and back, laid in grids."""
 
+import os
 import signal
 import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from support.files import write_whole
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAKER = "multi-image IP-Adapter"  # in the field Software of the pictures that save_pictures makes
 
 
 # ---------------------------------------------------------------- from disk
@@ -90,19 +97,43 @@ def open_photos(photos, clip_size=None, chunk=4096):
     """Yield `open_photo` of every photo (it has .open() and .size), in order, opened by all cores.
 
     All cores open one chunk, then rest until it is used up: opening and encoding at the same time
-    slow each other down.
+    slow each other down. OSError if the system kills one of the processes that open them.
     """
     context = get_context("fork" if sys.platform == "linux" else None)
-    ignore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # it is for the parent
-    with context.Pool(initializer=ignore_ctrl_c) as pool:
+    pool = ProcessPoolExecutor(count_cores(), context, initializer=depend_on_parent)
 
-        def open_chunks():
-            for start in range(0, len(photos), chunk):
-                part = photos[start : start + chunk]
-                at_once = min(64, chunk // 8 or 1)
-                yield from pool.map(partial(open_photo, clip_size), part, chunksize=at_once)
+    def open_chunks():
+        for start in range(0, len(photos), chunk):
+            part = photos[start : start + chunk]
+            at_once = min(64, chunk // 8 or 1)
+            yield from list(pool.map(partial(open_photo, clip_size), part, chunksize=at_once))
 
+    try:
         yield from tqdm(open_chunks(), desc="photos", total=len(photos), leave=False)
+    except BrokenProcessPool as error:
+        reason = "the system ended one of the processes that open photos (out of memory?)"
+        raise OSError(f"{reason}; start again with more memory or other photos") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def count_cores():
+    """The CPU cores that this process may use: in a container or a batch job not all that there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def depend_on_parent():
+    """In a worker: Ctrl-C and SIGTERM are for the parent; when the parent is gone, end without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    parent_process().join()
+    os._exit(1)
 
 
 # ---------------------------------------------------------------- tensors
@@ -152,19 +183,53 @@ def clip_pixels(images, size, mean, std):
 # ---------------------------------------------------------------- to disk
 
 
-def save_image(path, image):
-    """Write a PIL image: a JPEG if `path` says so, else a PNG."""
-    is_jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
-    write_whole(path, lambda part: image.save(part, "JPEG" if is_jpeg else "PNG"))
+def save_image(path, image, maker=None):
+    """Write a PIL image: a JPEG if `path` says so, else a PNG. maker: a PNG's field Software."""
+    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
+        write_whole(path, lambda part: image.save(part, "JPEG"))
+        return
+    fields = PngInfo()
+    if maker:
+        fields.add_text("Software", maker)
+    write_whole(path, lambda part: image.save(part, "PNG", pnginfo=fields))
 
 
 def save_pictures(folder, x):
-    """(B, 3, H, W) in [−1, 1] -> folder/000.png, 001.png, … in place of those of an older run."""
+    """(B, 3, H, W) in [−1, 1] -> folder/000.png, 001.png, … in place of those of an older run.
+
+    Our pictures say so themselves, in their field Software. A file that does not is somebody
+    else's: it stays, and if its name is needed, it is renamed to 000.png.bak.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9][0-9][0-9]*.png"):
-        old.unlink()
+        if is_ours(old):
+            old.unlink()
     for k, image in enumerate(to_images(x)):
-        save_image(folder / f"{k:03d}.png", image)
+        path = folder / f"{k:03d}.png"
+        set_aside(path)
+        save_image(path, image, MAKER)
+
+
+def is_ours(path):
+    """Whether `save_pictures` made this file."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == MAKER
+    except Exception:  # each format's reader fails in its own ways
+        return False
+
+
+def set_aside(path):
+    """Rename a file that is in the way: .bak, or .bak2, …, is appended to its name."""
+    if not path.exists():
+        return
+    kept = Path(f"{path}.bak")
+    number = 2
+    while kept.exists():
+        kept = Path(f"{path}.bak{number}")
+        number += 1
+    path.rename(kept)
+    warnings.warn(f"{path} was not made by this program: it is now {kept}")
 
 
 def save_grid(path, rows, columns=(), captions=(), side=128):

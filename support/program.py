@@ -10,10 +10,11 @@ from contextlib import contextmanager
 def run(main):
     """Call a program's main(). Bad input: one line and exit code 2. Ctrl-C: 130. Warnings: one line."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clusters stop jobs by it
     try:
         main()
     except KeyboardInterrupt as stopped:
-        print(stopped, file=sys.stderr)
+        print(str(stopped) or "stopped by Ctrl-C or SIGTERM", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; mps and cpu raise it plain
         if "memory" not in str(error):
@@ -29,13 +30,16 @@ def run(main):
 
 @contextmanager
 def interruptible():
-    """Inside, Ctrl-C only sets a flag that the loop asks for: no step is cut in half."""
+    """Inside, Ctrl-C and SIGTERM only set a flag that the loop asks for: no step is cut in half."""
     flag = []
-    old = signal.signal(signal.SIGINT, lambda *_: flag.append(True))
+    old = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, lambda *_: flag.append(True))
     try:
         yield lambda: bool(flag)
     finally:
-        signal.signal(signal.SIGINT, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

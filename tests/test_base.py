@@ -22,6 +22,7 @@ def program(monkeypatch, *words):
 def test_base_builds_a_folder_that_everything_opens(workdir, monkeypatch):
     monkeypatch.setattr(base, "STAGES", {name: (1, 4, 1e-4) for name in base.STAGES})
     program(monkeypatch, "--people", 2, "--out", "tiny")
+    assert base.FINISHED.exists()
     folder = workdir / "tiny"
     sd = StableDiffusion.load(folder)
     IPAdapter.load(folder / ADAPTER, sd.unet)
@@ -45,19 +46,40 @@ class Stop(Exception):
     pass
 
 
-def test_base_forgets_the_stages_of_an_older_run_unless_it_resumes(workdir, monkeypatch):
+@pytest.mark.parametrize("words, finished, left", [
+    (["--resume"], False, True),
+    (["--resume"], True, True),
+    ([], True, False),
+])
+def test_base_forgets_the_stages_of_a_finished_run_unless_it_resumes(words, finished, left, workdir, monkeypatch):
     def stop(*_):
         raise Stop
 
     monkeypatch.setattr(base, "make_pixels", stop)
-    files = [workdir / "runs" / "base" / f"{name}.pt" for name in base.STAGES]
+    files = touch_checkpoints(finished)
+    with pytest.raises(Stop):
+        program(monkeypatch, "--people", 2, *words)
+    assert {file.exists() for file in files} == {left}
+    assert not base.FINISHED.exists()
+
+
+def test_base_does_not_forget_a_run_that_is_not_finished(workdir, monkeypatch, capsys):
+    files = touch_checkpoints(finished=False)
+    with pytest.raises(SystemExit) as stop:
+        program(monkeypatch, "--people", 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "--resume" in line and "move" in line
+    assert all(file.exists() for file in files)
+
+
+def touch_checkpoints(finished):
+    files = [base.RUNS / f"{name}.pt" for name in base.STAGES]
     files[0].parent.mkdir(parents=True)
-    for resume, left in ((["--resume"], len(files)), ([], 0)):
-        for file in files:
-            file.touch()
-        with pytest.raises(Stop):
-            program(monkeypatch, "--people", 2, *resume)
-        assert sum(file.exists() for file in files) == left
+    for file in files:
+        file.touch()
+    if finished:
+        base.FINISHED.touch()
+    return files
 
 
 def test_base_trains_on_nobody_of_the_adapters_and_validates_on_people_held_out(workdir, monkeypatch):
