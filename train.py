@@ -26,7 +26,8 @@ from aggregators import AGGREGATORS
 from data import Features, digest_encoders, leave_one_out, load_people
 from dreambooth import (DreamBooth, add_lora, check_identifier, encode_files, make_class_images,
                         prior_preservation_loss, save_lora, write_prompts)
-from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate, noise_error
+from ip_adapter import (IPAdapter, adapter_loss, draw_t_and_eps, drop_conditions, generate,
+                        validate_eq1)
 from support.checkpoints import ADAPTER, TINY, find_beside
 from support.devices import autocast, is_large, peak_memory, pick_device, pick_precision
 from support.files import digest, digest_bytes, digest_file
@@ -129,35 +130,6 @@ def fit(task, out, options, settings=None):
 
 
 # ---------------------------------------------------------------- the adapters
-
-def draw_t_and_eps(sd, z_0, generator):
-    """t ~ U{0…T−1} (B,) and ε ~ N(0, I) (B, C, H, W), on the device of z_0."""
-    t = torch.randint(len(sd.schedule.beta), (len(z_0),), generator=generator)
-    eps = torch.randn(z_0.shape, generator=generator)
-    return t.to(z_0.device), eps.to(z_0)
-
-
-def validate_eq1(sd, batches):
-    """Eq. 1 with the same t and ε at every call: {"validation": mean, "t 0-249": of a band, …}.
-
-    batches: of (z_0, c_t, c_i). The mean hides where learning happens, so it is given for each
-    quarter of the time steps as well.
-    """
-    generator = torch.Generator().manual_seed(1)
-    times, errors = [], []
-    for z_0, c_t, c_i in batches:
-        t, eps = draw_t_and_eps(sd, z_0, generator)
-        error = noise_error(sd.unet, z_0, t, eps, c_t, c_i, sd.schedule)
-        times.append(t)
-        errors.append(error.mean(dim=(1, 2, 3)))  # (B,)
-    times, errors = torch.cat(times), torch.cat(errors)
-    values = {"validation": errors.mean().item()}
-    T = len(sd.schedule.beta)
-    for k in range(4):
-        inside = times * 4 // T == k
-        values[f"t {k * T // 4}-{(k + 1) * T // 4 - 1}"] = errors[inside].mean().item()
-    return values
-
 
 def validation_batch(z_0):
     """64 for latents of 16 × 16, fewer for larger ones: about the same memory."""
