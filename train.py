@@ -8,8 +8,9 @@
     python train.py --method dreambooth --images DIR --noun man
 
 A `Task` says what trains and what its loss is; `fit` is the loop for all of them. Every random
-number of step k comes from a generator seeded with (seed, k): a step depends on nothing before it
-but the weights and the optimiser: --resume continues bit for bit (same machine, same threads).
+number of step k comes from generators seeded with (seed, k, number of the batch): a step depends on
+nothing before it but the weights and the optimiser. So --resume continues bit for bit (same machine,
+same threads), and the processes of torchrun, which share out the batches of --accumulate, agree.
 """
 
 import math
@@ -30,6 +31,8 @@ from ip_adapter import (IPAdapter, adapter_loss, draw_t_and_eps, drop_conditions
                         validate_eq1)
 from support.checkpoints import ADAPTER, TINY, find_beside
 from support.devices import autocast, is_large, peak_memory, pick_device, pick_precision
+from support.distributed import (agree, begin_alike, first_alone, is_first, my_share, processes,
+                                 sum_gradients, sum_over_processes)
 from support.files import digest, digest_bytes, digest_file
 from support.history import History, report
 from support.pictures import picture_files, save_grid
@@ -90,6 +93,11 @@ def learning_rate(step, steps, peak, warm_up=100):
     return peak * rise * fall
 
 
+def seeded(seed, step, m):
+    """The generator of batch m of a step. It takes 32 bits: m·2³²/φ keeps all batches far apart."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step + m * 2_654_435_761)
+
+
 def fit(task, out, options, settings=None):
     """ε_θ* = argmin L(ε, ε_θ)   (eq. 2), by AdamW. Returns the log's rows (support/history.py).
 
@@ -103,21 +111,24 @@ def fit(task, out, options, settings=None):
     scaler = torch.amp.GradScaler(options.device.type, enabled=options.precision == "fp16")
     history = History(task, out, options, settings or {}, optimizer, scaler)
     first = history.start()
+    begin_alike(parameters, first)
     bar = tqdm(range(first, options.steps), task.name, initial=first, total=options.steps,
                mininterval=1, smoothing=0.05)
     with interruptible() as interrupted:
         for step in bar:
-            # Everything random in this step is drawn from (seed, step).
-            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options.steps, options.lr)
-            # Zero, loss, backward; the gradients of accumulated batches add up.
+            # Zero, loss, backward; of N processes each takes every N-th batch. Gradients add up.
             optimizer.zero_grad(set_to_none=True)
-            for _ in range(options.accumulate):
+            losses = torch.zeros(options.accumulate, dtype=torch.float64)
+            for m in my_share(options.accumulate):
                 with autocast(options.device, options.precision):
-                    loss = task.loss(options.batch, generator)
-                history.add_loss(loss, step)
+                    loss = task.loss(options.batch, seeded(options.seed, step, m))
+                losses[m] = loss.item()
                 scaler.scale(loss / options.accumulate).backward()
+            sum_over_processes(losses)
+            history.add_losses(losses, step)
+            sum_gradients(parameters)
             # Clip, step. With fp16 the scaler itself skips a step that overflows.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -125,7 +136,7 @@ def fit(task, out, options, settings=None):
                 history.check_finite("gradient", norm, step)
             scaler.step(optimizer)
             scaler.update()
-            history.end_step(step + 1, bar, interrupted)
+            history.end_step(step + 1, bar, lambda: agree(interrupted()))
     return history.rows
 
 
@@ -192,7 +203,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     learned, held_out = load_people(data, sd.image_size, people)
     shots = [photo for person in learned + held_out for photo in person.photos]
     photos = digest_bytes([(shot.key, shot.prompt) for shot in shots])
-    with autocast(device, options.precision):
+    with autocast(device, options.precision), first_alone():
         features = Features(sd, learned)
         held = Features(sd, held_out)
     vae = sd.vae.cpu()  # the encoders' work is done: no room for them on a GPU
@@ -200,6 +211,8 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     sd.unet.gradient_checkpointing = options.checkpointing
     task = adapter_task("adapter", sd, adapter, features, held, device)
     rows = fit(task, out, options, dict(agg=agg, people=people, base=base, photos=photos))
+    if not is_first():
+        return
 
     # The adapter, with how it was made, and pictures.
     path = out / "ip-adapter.safetensors"
@@ -322,6 +335,8 @@ def train_dreambooth(out, options, method, model, images, identifier, noun):
             pictures = make_class_images(sd, texts[1], out, method.class_images, options.seed)
             z_pr = encode_files(sd, pictures, generator)
     rows = fine_tune(sd, texts, z_0, z_pr, out, options, method, settings)
+    if not is_first():
+        return
     written = out
     if method.lora is None:
         sd.save(out)
@@ -400,9 +415,11 @@ def check_arguments(args):
         raise ValueError(f"--lora {rule}")
 
 
+@processes()
 def main():
     args = parse_arguments()
     check_arguments(args)
+    my_share(args.accumulate)
     device = pick_device(args.device)
     options = Options(device, pick_precision(args.precision, device), args.steps, args.batch,
                       args.lr, args.accumulate, args.every, args.seed, args.resume,
