@@ -11,6 +11,7 @@ import torch
 
 from support.claim import claim
 from support.devices import autocast
+from support.distributed import is_first
 from support.files import write_text, write_whole
 from support.plots import plot_training
 
@@ -66,7 +67,7 @@ class History:
         """
         if self.options.resume and self.checkpoint.exists():
             return self.load()
-        if not self.options.resume:
+        if not self.options.resume and is_first():
             refuse_unfinished(self.checkpoint)
             self.checkpoint.unlink(missing_ok=True)  # a finished run's is not this one's
         self.validate(0)
@@ -122,6 +123,9 @@ class History:
         for name, weight in self.task.module.named_parameters():
             if weight.requires_grad and not weight.isfinite().all():
                 self.fail(f"the weight {name} is not finite at step {step}")
+        self.saved = step
+        if not is_first():
+            return
         state = dict(
             module=self.task.module.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -139,7 +143,6 @@ class History:
         for row in self.rows:
             table.writerow({name: f"{value:.6g}" for name, value in row.items()})
         write_whole(self.checkpoint, lambda part: torch.save(state, part))
-        self.saved = step
         write_text(self.log, text.getvalue())
 
     def validate(self, step):
@@ -151,9 +154,10 @@ class History:
         self.rows.append({"step": step, "train": train, **values, "seconds": seconds})
         self.losses.clear()
 
-    def add_loss(self, loss, step):
-        self.check_finite("loss", loss, step)
-        self.losses.append(loss.item())
+    def add_losses(self, losses, step):
+        for loss in losses:
+            self.check_finite("loss", loss, step)
+            self.losses.append(loss.item())
 
     def check_finite(self, name, value, step):
         if not torch.isfinite(value):
