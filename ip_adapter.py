@@ -22,7 +22,8 @@ from torch import nn
 
 from aggregators import make_aggregator
 from ddpm import guide, q_sample, sample
-from support.checkpoints import check_adapter, read_adapter
+from support.checkpoints import adapter_sizes, check_adapter, read_adapter
+from support.configs import naming
 from support.files import save_tensors
 
 
@@ -113,20 +114,20 @@ class IPAdapter(nn.Module):
         before `unet` is touched: unreadable, no IP-Adapter, unsupported kind, other width, a tensor
         missing or misshapen.
         """
-        tensors, metadata = read_adapter(path)
-        rows, image_dim = tensors["image_proj.proj.weight"].shape
-        width = len(tensors["image_proj.norm.weight"])
+        tensors, metadata = read_adapter(path, next(unet.parameters()).dtype)
+        image_dim, per_image, width = adapter_sizes(path, tensors)
         unet_width = unet.config["cross_attention_dim"]
         if width != unet_width:
             text = f"for text of width {width}, this UNet reads width {unet_width}"
             raise ValueError(f"{path} is an adapter {text}")
         file_agg = metadata.get("agg", "none")
-        adapter = cls(unet, image_dim, agg or file_agg, rows // width, attach=False)
+        with naming(path):
+            adapter = cls(unet, image_dim, agg or file_agg, per_image, attach=False)
         expected = adapter.state_dict()
         if adapter.agg != file_agg:  # the file knows nothing of this aggregator: keep the fresh one
-            for name, tensor in expected.items():
-                if name.startswith("aggregator."):
-                    tensors[name] = tensor
+            tensors = {name: x for name, x in tensors.items() if not name.startswith("aggregator.")}
+            fresh = {name: x for name, x in expected.items() if name.startswith("aggregator.")}
+            tensors.update(fresh)
         check_adapter(path, tensors, expected)
         adapter.load_state_dict({name: tensors[name] for name in expected})
         adapter.attach(unet)

@@ -30,7 +30,7 @@ from support.devices import pick_device
 from support.inception import InceptionV3
 from support.judges import load_judge
 from support.pictures import picture_files, to_tensor
-from support.program import make_parser, require_at_least, run
+from support.program import device_name, make_parser, run
 
 EPS = np.finfo(np.float64).eps
 
@@ -297,7 +297,7 @@ def score_clip(clip, real, generated, references=None, prompt=None):
     rows = {"CLIP-I": float(identity.mean())}
     if references:
         rows["copy"] = float(copied.mean())
-    if prompt:
+    if prompt is not None:
         rows["CLIP-T"] = float(F.cosine_similarity(made[0], clip.embed_text(prompt)).mean())
     return rows
 
@@ -332,11 +332,10 @@ def main():
     add("--splits", type=int, default=1, help="IS: mean over so many parts (torch-fidelity: 10)")
     add("--batch", type=int, default=32, help="pictures at once")
     add("--seed", type=int, default=2020, help="of the shuffle before the splits")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
 
-    require_at_least(1, args, "batch", "splits")
-    if (args.prompt or args.references) and not args.clip:
+    if (args.prompt is not None or args.references) and not args.clip:
         raise ValueError("--prompt and --references need --clip, a CLIP to compare with")
     device = pick_device(args.device)
     cosines = {}
@@ -353,4 +352,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "read fewer pictures at once (--batch)")
