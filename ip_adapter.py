@@ -25,6 +25,7 @@ from ddpm import guide, q_sample, sample
 from support.checkpoints import adapter_sizes, check_adapter, read_adapter
 from support.configs import naming
 from support.files import save_tensors
+from support.finite import check_finite
 
 
 class ImageProjection(nn.Module):
@@ -233,10 +234,15 @@ def generate(sd, c_t, null_c_t, c_i=None, null_c_i=None, w=4.0, lam=1.0, steps=3
 
     Pixels are in [−1, 1]. null_c_t, null_c_i, w, lam: as in `make_guided_eps`; steps, sampler: as
     in `ddpm.sample`. Picture k starts from the noise of seed + k, so it does not depend on how many
-    are made at once (but for sampler="ddpm", which draws noise at every step).
+    are made at once (but for sampler="ddpm", which draws noise at every step). ValueError names the
+    network whose answer is not finite.
     """
+    check_finite(text_encoder=c_t, adapter=c_i)
     x_T = draw_noise(sd.unet, range(seed, seed + len(c_t))).to(c_t.device)
     eps_fn = make_guided_eps(sd.unet, c_t, c_i, null_c_t, null_c_i, w, lam)
     generator = torch.Generator(c_t.device).manual_seed(seed + 2**31)  # no seed of draw_noise
     z_0 = sample(eps_fn, x_T, sd.schedule, steps, sampler, generator, progress)
-    return sd.decode_latents(z_0)
+    check_finite(UNet=z_0)
+    images = sd.decode_latents(z_0)
+    check_finite(VAE=images)
+    return images

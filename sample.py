@@ -23,6 +23,7 @@ from support.checkpoints import ADAPTER, TINY, Checkpoint, find_beside, read_ada
 from support.devices import DTYPE, Stopwatch, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
 from support.files import digest
+from support.finite import check_finite
 from support.pictures import load_image, save_grid, save_pictures, to_tensor
 from support.program import add_device_arguments, file_path, make_parser, run
 from support.text import one_line
@@ -61,6 +62,7 @@ def draw_unseen_person(seed, size):
 def embed_references(sd, adapter, images):
     """Reference pictures -> c_i (1, 4M, D), and in the same shape the tokens for "no image"."""
     embeds = sd.embed_images(images)[None]  # (1, N, E)
+    check_finite(image_encoder=embeds)
     embeds = adapter.aggregator.fit_references(embeds, torch.Generator().manual_seed(0))
     return adapter.tokens(embeds), adapter.tokens(torch.zeros_like(embeds))
 

@@ -295,7 +295,8 @@ def clip_config(config):
     if activation not in ACTIVATIONS:
         known = " or ".join(ACTIVATIONS)
         raise ValueError(f"hidden_act = {one_line(repr(activation), 60)}: it must be {known}")
-    width, heads = config["hidden_size"], config["num_attention_heads"]
+    width = config.get("hidden_size", 0)  # a whole CLIP may leave out what transformers assumes
+    heads = config.get("num_attention_heads", 1)
     if width % heads:
         raise ValueError(f"num_attention_heads = {heads} does not divide hidden_size = {width}")
     if config.get("patch_size", 1) > config.get("image_size", 1):

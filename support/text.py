@@ -37,3 +37,11 @@ def first_line(error):
     if "weights_only" in str(error):
         return "it holds more than tensors and is not opened"
     return one_line(lines[0], 200)
+
+
+def read_lines(path):
+    """The lines of a text file. ValueError, naming it, unless it is UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from support.finite import find_largest
 from support.text import first_line
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -114,9 +115,7 @@ def check_tensor(path, name, tensor, dtype=torch.float32):
         raise ValueError(f"{path}: tensor {name} is of {tensor.dtype}; weights are of {kinds}")
     if tensor.numel() == 0:
         raise ValueError(f"{path}: tensor {name} is empty, of shape {list(tensor.shape)}")
-    low, high = torch.aminmax(tensor.detach())  # one pass; NaN if any number is
-    largest = max(-low.item(), high.item())
-    if not largest <= torch.finfo(dtype).max or low.isnan():
+    if not find_largest(tensor) <= torch.finfo(dtype).max:  # NaN is not
         problem = f"NaN, infinity or a number too large for {dtype}"
         raise ValueError(f"{path}: tensor {name} holds {problem}")
 
