@@ -132,7 +132,10 @@ class LFW:
         for path in (root / "prompts.tsv", root.parent / "prompts.tsv"):
             if path.is_file():
                 lines = read_lines(path)[1:]  # after the header
-                return dict(line.split("\t")[:2] for line in lines if "\t" in line)
+                prompts = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+                if not prompts:
+                    raise ValueError(f"{path} holds no line with a photo, a tab and its prompt")
+                return prompts
         return {}
 
     @staticmethod

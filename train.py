@@ -419,6 +419,8 @@ def check_arguments(args):
     if args.method == "dreambooth" and not (args.images and args.noun):
         needs = "--images, a folder of photos, and --noun, what they show"
         raise ValueError(f"--method dreambooth needs {needs}")
+    if args.data != "toy" and not Path(args.data).is_dir():
+        raise ValueError(f"--data {args.data}: no such folder; give one with a folder a person")
     if args.method == "dreambooth" and len(f"{args.identifier} {args.noun}") > 200:
         raise ValueError("--identifier and --noun are a word or two, not more than 200 characters")
     if args.lora and args.train_text_encoder:

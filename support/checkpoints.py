@@ -131,6 +131,16 @@ def locate_image_encoder(given, dtype):
     return found
 
 
+def locate_clip(path):
+    """`path` if it is a folder; else the snapshot of a hub id with a whole CLIP at its root."""
+    if Path(path).is_dir() or not is_hub_id(str(path)):
+        return locate(path, [], torch.float32)
+    found = download(path, ["*.json", "*.txt", "model.safetensors"])
+    if not (found / "model.safetensors").is_file():
+        found = download(path, ["*.json", "*.txt", "pytorch_model.bin"])
+    return found
+
+
 def find_beside(adapter):
     """The folder of an adapter file if it holds the image encoder too, as h94/IP-Adapter's `models`."""
     folder = Path(adapter).parent
@@ -194,10 +204,13 @@ class Checkpoint:
         self.is_single_file = self.path.is_file()
         self.root = self.path
         if self.is_single_file:
+            if self.path.suffix not in (".safetensors", ".ckpt"):
+                raise ValueError(f"{path}: neither a folder nor a .safetensors or .ckpt file")
             has_tokenizer = (self.path.parent / "tokenizer").is_dir()
             default = self.path.parent if has_tokenizer else "openai/clip-vit-large-patch14"
             self.root = locate(config or default, [], dtype)
         configs = {part: self.settings(part) for part in PREFIXES}  # before gigabytes are read
+        self.settings("scheduler", "scheduler_config.json")
         with naming(self.root):
             check_fit(**configs)
 
@@ -263,6 +276,12 @@ def check_tokenizer(tokenizer, vocabulary):
     ids = tokenize(tokenizer, ["a photo"], 77)[0].tolist()
     if ids[0] != tokenizer.bos_token_id or tokenizer.eos_token_id not in ids:
         raise ValueError("no tokenizer of CLIP: a prompt does not begin and end with its marks")
+    # The words that the last merges make: most of them are one token, unless merges are missing.
+    by_number = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    words = [token[:-4] for token, _ in by_number if re.fullmatch("[a-z]+</w>", token)][-20:]
+    whole = [word for word in words if len(tokenizer.tokenize(word)) == 1]
+    if 2 * len(whole) < len(words):
+        raise ValueError("its merges do not make the words of its vocabulary")
 
 
 def make_text_encoder(config):

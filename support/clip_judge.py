@@ -1,15 +1,15 @@
 """A published CLIP as a judge of folders: cosines between pictures, and to words."""
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 
+from support.checkpoints import locate_clip, weight_file
 from support.configs import clip_config
 from support.files import read_json
 from support.finite import check_finite
 from support.pictures import load_image
 from support.text import first_line
+from support.weights import check_tensor, read_tensors
 
 
 class ClipJudge:
@@ -29,16 +29,20 @@ class ClipJudge:
     def load(self, path):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer  # takes seconds
 
-        if Path(path).is_dir():
-            config = read_json(Path(path) / "config.json")
-            for part in ("text_config", "vision_config"):
-                clip_config(config[part])
-        clip, info = CLIPModel.from_pretrained(path, output_loading_info=True)
+        folder = locate_clip(path)
+        config = read_json(folder / "config.json")
+        for part in ("text_config", "vision_config"):
+            clip_config(config[part])
+        file = weight_file(folder, torch.float32)
+        for name, tensor in read_tensors(file):
+            if not name.endswith("position_ids"):  # a constant that older transformers wrote
+                check_tensor(file, name, tensor)
+        clip, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(f"not a whole CLIP, {missing[0]} is missing")
-        self.processor = CLIPImageProcessor.from_pretrained(path)
-        self.tokenizer = CLIPTokenizer.from_pretrained(path)
+        self.processor = CLIPImageProcessor.from_pretrained(folder)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.clip = clip.float().to(self.device).eval()
 
     @torch.inference_mode()

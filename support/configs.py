@@ -299,8 +299,9 @@ def clip_config(config):
     heads = config.get("num_attention_heads", 1)
     if width % heads:
         raise ValueError(f"num_attention_heads = {heads} does not divide hidden_size = {width}")
-    if config.get("patch_size", 1) > config.get("image_size", 1):
-        raise ValueError(f"patch_size = {config['patch_size']} is larger than image_size")
+    if config.get("image_size", 0) % config.get("patch_size", 1):
+        size = config["image_size"]
+        raise ValueError(f"patch_size = {config['patch_size']} does not divide image_size = {size}")
     return config
 
 

@@ -74,6 +74,8 @@ def explain(error, when_full):
         return one_line(f"{error.filename}: {error.strerror}")
     if isinstance(error, (ValueError, OSError)):
         return one_line(error)
+    if isinstance(error, RuntimeError) and "Symlink loop" in str(error):  # of Python before 3.13
+        return one_line(error)
     return None
 
 

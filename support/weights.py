@@ -1,6 +1,5 @@
 """Weight files: .safetensors, and pickles of which only the tensors are taken. Nothing in them is run."""
 
-import pickle
 import sys
 import zipfile
 from pathlib import Path
@@ -60,8 +59,8 @@ def read_pickle(path):
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
-        reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError):
+        reason = "it is damaged, or no file of torch.save"
+        if any(word in str(error) for word in ("GLOBAL", "allowlisted", "torchscript")):
             reason = "it holds more than tensors and is not opened; take its .safetensors form"
         raise ValueError(f"{path} is not a readable weight file: {reason}") from error
 
