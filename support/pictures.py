@@ -28,10 +28,11 @@ def picture_files(folder, *patterns):
     """
     for pattern in patterns or ["*"]:
         found = [file for file in Path(folder).glob(pattern) if file.suffix.lower() in PICTURES]
+        found.sort()
         for file in found:
             require_file(file)
         if found:
-            return sorted(found)
+            return found
     problem = "no pictures" if Path(folder).is_dir() else "no such folder"
     kinds = ", ".join(PICTURES)
     raise ValueError(f"{folder}: {problem}; give a folder of pictures ({kinds})")

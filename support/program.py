@@ -136,7 +136,7 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if not is_text(word):
                 shown = one_line(word.encode("utf-8", "backslashreplace").decode())
-                self.error(f"{shown!r} is not UTF-8 text: write it otherwise, or rename the file")
+                self.error(f"'{shown}' is not UTF-8 text: write it otherwise, or rename the file")
             if not word.strip() and before not in MAY_BE_EMPTY:
                 self.error(f"an empty name after {before or 'the program'}")
             before = word
