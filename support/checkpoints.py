@@ -184,11 +184,16 @@ def load_network(make, config, path, prefix="", device="cpu", dtype=torch.float3
         count = f"({len(wrong)} such in all)"
         raise ValueError(f"{path}: {wrong[0]} {count}: not the weights of this config, or not all")
     model.load_state_dict(found, assign=True)
+    number_positions(model, device)
+    return model.eval()
+
+
+def number_positions(model, device):
+    """Fill CLIP's one buffer, which files do not hold: 0, 1, 2, …"""
     for module in model.modules():
-        if hasattr(module, "position_ids"):  # CLIP's one buffer, which files do not hold
+        if hasattr(module, "position_ids"):
             count = module.position_ids.shape[-1]
             module.position_ids = torch.arange(count, device=device)[None]
-    return model.eval()
 
 
 class Checkpoint:

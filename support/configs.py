@@ -223,7 +223,8 @@ def check_levels(config, blocks):
     levels = [config[key] for key in keys]
     for key, level in zip(keys, levels):
         if not isinstance(level, list) or not 1 <= len(level) <= 8:
-            raise ValueError(f"{key} = {one_line(repr(level), 60)}: it must be a list of 1 to 8 levels")
+            found = one_line(repr(level), 60)
+            raise ValueError(f"{key} = {found}: it must be a list of 1 to 8 levels")
     if not len(levels[0]) == len(levels[1]) == len(levels[2]):
         raise ValueError(f"{', '.join(keys)} differ in length: {levels}")
     for kind in levels[1] + levels[2]:
