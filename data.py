@@ -31,7 +31,9 @@ import torch
 from aggregators import choose_references
 from support.devices import autocast_dtype, device_of
 from support.files import digest, load_or_compute
+from support.finite import check_finite
 from support.pictures import PICTURES, crop_square, load_image, open_photos, to_tensor
+from support.text import read_lines
 from toyfaces import drawing
 from toyfaces.captions import write_prompt
 
@@ -108,8 +110,7 @@ class LFW:
             for file in files:
                 name = f"{folder.name}/{file.name}"
                 prompt = prompts.get(name, "a photo of a person")
-                facts = file.stat()
-                key = (str(file.resolve()), size, facts.st_size, facts.st_mtime_ns)
+                key = self.make_key(file, size)
                 shots.append(Photo(partial(load_image, file), prompt, name, size, key))
             self.people.append(Person(folder.name, self.find_noun(shots), shots))
         if not self.people:
@@ -117,12 +118,24 @@ class LFW:
             raise ValueError(f"{root}: {few}; expected <Name>/<Name>_0001.jpg …")
 
     @staticmethod
+    def make_key(file, size):
+        """What the pixels of a photo depend on; a link that leads nowhere has no size and no date."""
+        try:
+            facts = file.stat()
+        except OSError:
+            return (str(file.absolute()), size)
+        return (str(file.resolve()), size, facts.st_size, facts.st_mtime_ns)
+
+    @staticmethod
     def read_prompts(root):
         """{photo's name: prompt} of the prompts.tsv in the folder or beside it, if there is one."""
         for path in (root / "prompts.tsv", root.parent / "prompts.tsv"):
             if path.is_file():
-                lines = path.read_text(encoding="utf-8").splitlines()[1:]  # after the header
-                return dict(line.split("\t")[:2] for line in lines if "\t" in line)
+                lines = read_lines(path)[1:]  # after the header
+                prompts = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+                if not prompts:
+                    raise ValueError(f"{path} holds no line with a photo, a tab and its prompt")
+                return prompts
         return {}
 
     @staticmethod
@@ -182,6 +195,7 @@ class Features:
         data = [(photo.key, photo.prompt) for photo in photos]
         key = ("features", self.VERSION, data, digest_encoders(sd), autocast_dtype(device_of(sd.unet)))
         found = load_or_compute(lambda: compute_features(sd, photos, ["", *prompts]), *key)
+        check_finite(VAE=found["z_0"], image_encoder=found["embeds"], text_encoder=found["c_t"])
         self.z_0 = found["z_0"]
         self.embeds = found["embeds"]
         self.null_c_t = found["c_t"][:1]

@@ -18,25 +18,24 @@ LoRA trains low-rank updates of the attention projections. Its files have diffus
 `unet.<layer>.lora_A.weight` and `lora_B.weight`, with α/r multiplied into B.
 """
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from ddpm import lookup, q_sample
 from ip_adapter import generate
-from support.checkpoints import read_safetensors
 from support.devices import autocast_dtype, device_of
 from support.distributed import first_alone
 from support.files import digest, save_tensors
+from support.lora import find_scale, read_lora
 from support.pictures import load_image, save_image, to_images, to_tensor
+from support.weights import check_tensor
 
 
 @dataclass
@@ -214,17 +213,12 @@ def save_lora(unet, path):
 def load_lora(path, sd):
     """W ← W + (α/r)·B·A in `sd.unet` for every pair of a LoRA file in diffusers' layout.
 
-    Our files have α/r in B; newer diffusers says α in the header. ValueError, before anything is
-    changed: unreadable, or a tensor that has no place in this UNet or no partner.
+    Our files have α/r in B; newer diffusers says α in the header (support/lora.py). ValueError,
+    before anything is changed: unreadable, or a tensor that has no place in this UNet or no partner.
     """
-    try:
-        tensors, metadata = read_safetensors(path)
-    except SafetensorError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a readable LoRA file: {reason}") from error
+    tensors, settings = read_lora(path)
     if not tensors:
         raise ValueError(f"{path} is not a LoRA of this UNet's attention: it holds no tensors")
-    alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
     updates = []
     used = set()
     for name, layer in attention_projections(sd.unet).items():
@@ -234,10 +228,12 @@ def load_lora(path, sd):
         if A is None or B is None:
             continue
         n, m = layer.weight.shape
-        rank = len(A)
-        if A.shape == (rank, m) and B.shape == (n, rank):
-            scaled_B = B if alpha is None else alpha / rank * B
-            updates.append((layer, scaled_B @ A))
+        if A.ndim == B.ndim == 2 and A.shape == (len(A), m) and B.shape == (n, len(A)):
+            dtype = torch.promote_types(A.dtype, B.dtype)
+            scale = find_scale(settings, name, rank=len(A))
+            update = (scale * B.to(dtype)) @ A.to(dtype)
+            check_tensor(path, f"B·A of {name}", update)
+            updates.append((layer, update))
             used.update([name_A, name_B])
     wrong = sorted(tensors.keys() - used)
     if wrong:

@@ -22,8 +22,10 @@ from torch import nn
 
 from aggregators import make_aggregator
 from ddpm import guide, q_sample, sample
-from support.checkpoints import check_adapter, read_adapter
+from support.checkpoints import adapter_sizes, check_adapter, read_adapter
+from support.configs import naming
 from support.files import save_tensors
+from support.finite import check_finite
 
 
 class ImageProjection(nn.Module):
@@ -113,20 +115,20 @@ class IPAdapter(nn.Module):
         before `unet` is touched: unreadable, no IP-Adapter, unsupported kind, other width, a tensor
         missing or misshapen.
         """
-        tensors, metadata = read_adapter(path)
-        rows, image_dim = tensors["image_proj.proj.weight"].shape
-        width = len(tensors["image_proj.norm.weight"])
+        tensors, metadata = read_adapter(path, next(unet.parameters()).dtype)
+        image_dim, per_image, width = adapter_sizes(path, tensors)
         unet_width = unet.config["cross_attention_dim"]
         if width != unet_width:
             text = f"for text of width {width}, this UNet reads width {unet_width}"
             raise ValueError(f"{path} is an adapter {text}")
         file_agg = metadata.get("agg", "none")
-        adapter = cls(unet, image_dim, agg or file_agg, rows // width, attach=False)
+        with naming(path):
+            adapter = cls(unet, image_dim, agg or file_agg, per_image, attach=False)
         expected = adapter.state_dict()
         if adapter.agg != file_agg:  # the file knows nothing of this aggregator: keep the fresh one
-            for name, tensor in expected.items():
-                if name.startswith("aggregator."):
-                    tensors[name] = tensor
+            tensors = {name: x for name, x in tensors.items() if not name.startswith("aggregator.")}
+            fresh = {name: x for name, x in expected.items() if name.startswith("aggregator.")}
+            tensors.update(fresh)
         check_adapter(path, tensors, expected)
         adapter.load_state_dict({name: tensors[name] for name in expected})
         adapter.attach(unet)
@@ -261,10 +263,15 @@ def generate(sd, c_t, null_c_t, c_i=None, null_c_i=None, w=4.0, lam=1.0, steps=3
 
     Pixels are in [−1, 1]. null_c_t, null_c_i, w, lam: as in `make_guided_eps`; steps, sampler: as
     in `ddpm.sample`. Picture k starts from the noise of seed + k, so it does not depend on how many
-    are made at once (but for sampler="ddpm", which draws noise at every step).
+    are made at once (but for sampler="ddpm", which draws noise at every step). ValueError names the
+    network whose answer is not finite.
     """
+    check_finite(text_encoder=c_t, adapter=c_i)
     x_T = draw_noise(sd.unet, range(seed, seed + len(c_t))).to(c_t.device)
     eps_fn = make_guided_eps(sd.unet, c_t, c_i, null_c_t, null_c_i, w, lam)
     generator = torch.Generator(c_t.device).manual_seed(seed + 2**31)  # no seed of draw_noise
     z_0 = sample(eps_fn, x_T, sd.schedule, steps, sampler, generator, progress)
-    return sd.decode_latents(z_0)
+    check_finite(UNet=z_0)
+    images = sd.decode_latents(z_0)
+    check_finite(VAE=images)
+    return images

@@ -29,7 +29,7 @@ from support.folders import read_folder, read_people, require_same_people
 from support.inception import InceptionV3
 from support.judges import load_face_judge, load_judge
 from support.pictures import picture_files
-from support.program import make_parser, require_at_least, run
+from support.program import device_name, make_parser, run
 
 EPS = np.finfo(np.float64).eps
 
@@ -329,7 +329,7 @@ def score_clip(clip, real, generated, references=None, prompt=None):
     rows = {"CLIP-I": float(identity.mean())}
     if references:
         rows["copy"] = float(copied.mean())
-    if prompt:
+    if prompt is not None:
         rows["CLIP-T"] = float(F.cosine_similarity(made[0], clip.embed_text(prompt)).mean())
     return rows
 
@@ -400,11 +400,10 @@ def parse_arguments():
     add("--splits", type=int, default=1, help="IS: mean over so many parts (torch-fidelity: 10)")
     add("--batch", type=int, default=32, help="pictures at once")
     add("--seed", type=int, default=2020, help="of the shuffle before the splits")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
 
-    require_at_least(1, args, "batch", "splits")
-    if args.prompt and not args.clip:
+    if args.prompt is not None and not args.clip:
         raise ValueError("--prompt needs --clip, a CLIP to compare with")
     if args.references and not (args.clip or args.faces):
         raise ValueError("--references needs --clip or --faces to compare with")
@@ -434,4 +433,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "read fewer pictures at once (--batch)")

@@ -24,8 +24,10 @@ from support.checkpoints import ADAPTER, TINY, Checkpoint, find_beside, read_ada
 from support.devices import DTYPE, Stopwatch, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
 from support.files import check_writable, digest
+from support.finite import check_finite
 from support.pictures import load_image, save_grid, save_pictures, to_tensor
-from support.program import add_device_arguments, make_parser, require_at_least, run
+from support.program import add_device_arguments, file_path, make_parser, run
+from support.text import one_line
 from unet import StableDiffusion, UNet
 
 
@@ -65,6 +67,7 @@ def draw_unseen_person(seed, size):
 def embed_references(sd, adapter, images):
     """Reference pictures -> c_i (1, 4M, D), and in the same shape the tokens for "no image"."""
     embeds = sd.embed_images(images)[None]  # (1, N, E)
+    check_finite(image_encoder=embeds)
     embeds = adapter.aggregator.fit_references(embeds, torch.Generator().manual_seed(0))
     return adapter.tokens(embeds), adapter.tokens(torch.zeros_like(embeds))
 
@@ -101,13 +104,14 @@ def save_sheet(path, references, images, prompt, per_row=9):
 
 def parse_arguments():
     parser = make_parser(__doc__)
+    parser.ranges["steps"] = (1, 1000)
     add = parser.add_argument
     add("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
     add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
-    add("--adapter", type=Path, help="adapter file (default: the newest in runs/, or the shipped)")
-    add("--refs", type=Path, nargs="+", help="photos of one person (default: an unseen toy person)")
+    add("--adapter", type=file_path, help="adapter file (default: the newest in runs/, or the shipped)")
+    add("--refs", type=file_path, nargs="+", help="photos of one person (default: a toy person)")
     add("--agg", choices=list(AGGREGATORS), help="use the adapter with another aggregator")
-    add("--lora", type=Path, help="LoRA file to merge into the UNet, ours or diffusers'")
+    add("--lora", type=file_path, help="LoRA file to merge into the UNet, ours or diffusers'")
     add("--prompt", help="what to show (default: the scene of the person's tenth photo)")
     add("--negative", default="", help="what not to show")
     add("--lam", type=float, default=1.0, help="weight λ of the references; 0 is text only")
@@ -126,9 +130,6 @@ def parse_arguments():
 
 
 def check_arguments(args):
-    require_at_least(1, args, "n")
-    if not 1 <= args.steps <= 1000:
-        raise ValueError(f"--steps {args.steps}: from 1 to 1000")
     if args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder: name the picture to write")
     if args.benchmark and args.steps == 1:
@@ -187,14 +188,14 @@ def main():
     except torch._dynamo.exc.TorchDynamoException as error:
         raise ValueError(f"--compile: {str(error).splitlines()[0]}") from None
     seconds = stopwatch.seconds()
-    save_sheet(args.out, references, images, prompt)
+    save_sheet(args.out, references, images, one_line(prompt))
     folder = args.out.parent / f"{args.out.stem}_pictures"
     save_pictures(folder, images)
-    print(f'{source}: "{prompt}", {args.n} pictures in {seconds:.1f} s\n'
+    print(f'{source}: "{one_line(prompt)}", {args.n} pictures in {seconds:.1f} s\n'
           f"wrote {args.out}, and each picture by itself to {folder}/")
     if args.benchmark:
         print(stopwatch.report(precision))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "make fewer pictures at once (--n)")

@@ -36,7 +36,7 @@ from support.distributed import (agree, begin_alike, first_alone, is_first, my_s
 from support.files import digest, digest_bytes, digest_file
 from support.history import History, own_run, report
 from support.pictures import picture_files, save_grid
-from support.program import add_device_arguments, interruptible, make_parser, require_at_least, run
+from support.program import add_device_arguments, interruptible, make_parser, run
 from unet import StableDiffusion
 
 DEFAULTS = {  # method and whether the UNet is Stable Diffusion's: steps, batch, peak learning rate
@@ -398,20 +398,19 @@ def parse_arguments():
 
 
 def check_arguments(args):
-    require_at_least(1, args, "batch", "accumulate", "every", "steps", "people", "class_images")
-    require_at_least(0, args, "prior_weight")
-    of_dreambooth = args.images or args.noun or args.lora is not None or args.train_text_encoder
+    of_dreambooth = args.images or args.noun or args.lora or args.train_text_encoder
     if args.method == "adapter" and of_dreambooth:
         flags = "--images, --noun, --lora and --train-text-encoder"
         raise ValueError(f"{flags} are for --method dreambooth")
     if args.method == "dreambooth" and not (args.images and args.noun):
         needs = "--images, a folder of photos, and --noun, what they show"
         raise ValueError(f"--method dreambooth needs {needs}")
-    if args.lr is not None and not args.lr > 0:
-        raise ValueError(f"--lr {args.lr}: it must be greater than 0")
-    if args.lora is not None and (args.lora < 1 or args.train_text_encoder):
-        rule = "takes a rank of at least 1, and trains the UNet only: without --train-text-encoder"
-        raise ValueError(f"--lora {rule}")
+    if args.data != "toy" and not Path(args.data).is_dir():
+        raise ValueError(f"--data {args.data}: no such folder; give one with a folder a person")
+    if args.method == "dreambooth" and len(f"{args.identifier} {args.noun}") > 200:
+        raise ValueError("--identifier and --noun are a word or two, not more than 200 characters")
+    if args.lora and args.train_text_encoder:
+        raise ValueError("--lora trains the UNet only: leave --train-text-encoder out")
 
 
 @processes()
@@ -436,4 +435,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "take fewer photos at once (--batch, with --accumulate), or --checkpointing")

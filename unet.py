@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import SpatialAttention, Transformer2D
 from ddpm import Schedule
-from support import checkpoints
+from support import checkpoints, configs
 from support.pictures import clip_pixels
 from support.text import tokenize
 
@@ -158,13 +158,13 @@ class UNet(nn.Module):
     """ε_θ(x_t, t, c_τ, c_i), built from the keys of a published `unet/config.json`.
 
     Without arguments it is Stable Diffusion 1.5's. ValueError for a setting of its relatives that
-    is not implemented here (support/checkpoints.py). `gradient_checkpointing = True` trades time
+    is not implemented here (support/configs.py). `gradient_checkpointing = True` trades time
     for memory in training: blocks are computed again in the backward pass.
     """
 
     def __init__(self, **config):
         super().__init__()
-        self.config = checkpoints.complete_config(config, "UNet2DConditionModel")
+        self.config = configs.complete_config(config, "UNet2DConditionModel")
         self.gradient_checkpointing = False
         widths = self.config["block_out_channels"]
         groups = self.config["norm_num_groups"]
@@ -283,7 +283,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, **config):
         super().__init__()
-        self.config = checkpoints.complete_config(config, "AutoencoderKL")
+        self.config = configs.complete_config(config, "AutoencoderKL")
         latent = self.config["latent_channels"]
         self.encoder = self.make_encoder(self.config["in_channels"], 2 * latent)
         self.decoder = self.make_decoder(latent, self.config["out_channels"])
@@ -360,7 +360,7 @@ class StableDiffusion:
     """
 
     def __init__(self, unet, vae, text_encoder, tokenizer, image_encoder=None,
-                 scheduler=checkpoints.SCHEDULER, preprocessor=checkpoints.CLIP_COLOURS):
+                 scheduler=configs.SCHEDULER, preprocessor=configs.CLIP_COLOURS):
         self.unet = unet
         self.vae = vae
         self.text_encoder = text_encoder
@@ -368,7 +368,7 @@ class StableDiffusion:
         self.image_encoder = image_encoder
         self.scheduler = scheduler
         self.preprocessor = preprocessor
-        self.schedule = Schedule(checkpoints.make_betas(scheduler))
+        self.schedule = Schedule(configs.make_betas(scheduler))
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, image_encoder=None, config=None):

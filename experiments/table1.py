@@ -88,6 +88,7 @@ def check_size(settings):
 
 
 def add_exam_arguments(parser):
+    parser.ranges["steps"] = (1, 1000)
     add = parser.add_argument
     add("--people", type=int, default=60, help="people, with nine references each")
     add("--photos", type=int, default=3, help="prompts a person")

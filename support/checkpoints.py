@@ -5,129 +5,22 @@ a config.json and a weight file. A single file holds all weights under older nam
 and no settings; those are Stable Diffusion 1.5's.
 """
 
-import pickle
 import re
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 
-from support.files import find_reason, read_json, save_tensors, write_json
+from support.configs import (CLIP_COLOURS, SINGLE_FILE, check_fit, clip_config, naming,
+                             read_settings)
+from support.files import find_reason, save_tensors, write_json
 from support.tensor_names import our_name
+from support.text import first_line, one_line, tokenize
+from support.weights import check_dtypes, check_tensor, read_pickle, read_safetensors, read_tensors
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"  # the model that ships with this code
 ADAPTER = "ip_adapter/ip-adapter_tiny.safetensors"  # in its folder
-
-# ---------------------------------------------------------------- settings
-# DEFAULTS are Stable Diffusion 1.5's. ONLY are settings of its relatives, with the one value that
-# is implemented here; settings in neither list must be None or False.
-
-UNET_DEFAULTS = dict(
-    sample_size=64,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=[320, 640, 1280, 1280],
-    layers_per_block=2,
-    down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    norm_num_groups=32,
-    norm_eps=1e-5,
-    cross_attention_dim=768,
-    attention_head_dim=8,
-    use_linear_projection=False,
-    upcast_attention=False,  # without effect here, like the next one
-    addition_embed_type_num_heads=64,
-)
-UNET_ONLY = dict(
-    act_fn="silu",
-    flip_sin_to_cos=True,
-    downsample_padding=1,
-    mid_block_type="UNetMidBlock2DCrossAttn",
-    mid_block_scale_factor=1,
-    transformer_layers_per_block=1,
-    resnet_out_scale_factor=1,
-    conv_in_kernel=3,
-    conv_out_kernel=3,
-    resnet_time_scale_shift="default",
-    attention_type="default",
-    time_embedding_type="positional",
-)
-VAE_DEFAULTS = dict(
-    sample_size=512,
-    in_channels=3,
-    out_channels=3,
-    block_out_channels=[128, 256, 512, 512],
-    layers_per_block=2,
-    down_block_types=["DownEncoderBlock2D"] * 4,
-    up_block_types=["UpDecoderBlock2D"] * 4,
-    latent_channels=4,
-    norm_num_groups=32,
-    scaling_factor=0.18215,
-    mid_block_add_attention=True,
-    force_upcast=True,
-)
-VAE_ONLY = dict(act_fn="silu", use_quant_conv=True, use_post_quant_conv=True)
-SETTINGS = {  # by the class name in config.json: defaults, ONLY, the blocks that are implemented
-    "UNet2DConditionModel": (
-        UNET_DEFAULTS,
-        UNET_ONLY,
-        ["DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
-    ),
-    "AutoencoderKL": (VAE_DEFAULTS, VAE_ONLY, ["DownEncoderBlock2D", "UpDecoderBlock2D"]),
-}
-SCHEDULER = dict(
-    _class_name="DDIMScheduler",
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    steps_offset=1,
-    set_alpha_to_one=False,
-    clip_sample=False,
-)
-SINGLE_FILE = dict(  # the config.json files that a single file comes without
-    unet={},  # the defaults above
-    vae={},
-    text_encoder=dict(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    ),
-    scheduler=SCHEDULER,
-)
-CLIP_COLOURS = dict(  # OpenAI's mean and standard deviation of red, green and blue
-    image_mean=[0.48145466, 0.4578275, 0.40821073],
-    image_std=[0.26862954, 0.26130258, 0.27577711],
-)
-
-
-def complete_config(config, name):
-    """`config` of the class `name` with the defaults filled in, lists for tuples.
-
-    ValueError names a setting of Stable Diffusion's relatives that is not implemented here.
-    """
-    defaults, only, blocks = SETTINGS[name]
-    config = {**defaults, **config}
-    for key, value in config.items():
-        if isinstance(value, tuple):
-            config[key] = list(value)
-        if key in defaults or key.startswith("_"):
-            continue
-        implemented = [only[key]] if key in only else [None, False]
-        if value not in implemented:
-            raise ValueError(f"{name}: {key} = {value!r} is not implemented")
-    keys = ("block_out_channels", "down_block_types", "up_block_types")
-    levels = [config[key] for key in keys]
-    if not len(levels[0]) == len(levels[1]) == len(levels[2]):
-        raise ValueError(f"{name}: {', '.join(keys)} differ in length: {levels}")
-    for kind in levels[1] + levels[2]:
-        if kind not in blocks:
-            known = ", ".join(blocks)
-            raise ValueError(f"{name}: block {kind} is not implemented, only {known}")
-    return {**config, "_class_name": name}
-
 
 # ---------------------------------------------------------------- files
 
@@ -170,8 +63,8 @@ def locate(path, parts, dtype):
     """
     if Path(path).exists():
         return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not is_hub_id(str(path)):
+        raise FileNotFoundError(f"{path}: no such file or folder (looked for in {Path.cwd()})")
     folders = [*parts, "image_encoder"] if parts else []
     for pattern in weight_patterns(dtype):
         wanted = ["*.json", "*.txt"] + [f"{part}/{pattern}" for part in folders]
@@ -179,6 +72,14 @@ def locate(path, parts, dtype):
         if all(any(found.glob(f"{part}/{pattern}")) for part in parts):
             break
     return found
+
+
+def is_hub_id(name):
+    """Whether a name that no folder has may be asked of the hub: not if it means a folder or file."""
+    means_folder = name.split("/")[0] in ("runs", "weights", ".", "..")
+    means_file = Path(name).suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+    looks_right = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    return bool(looks_right) and not means_folder and not means_file
 
 
 def download(hub_id, wanted):
@@ -189,8 +90,8 @@ def download(hub_id, wanted):
         incomplete = getattr(error, "snapshot_path", None)
         if incomplete:  # offline, and the snapshot in the cache lacks a wanted file
             return Path(incomplete)
-        reason = (str(error) or repr(error)).splitlines()[0]
-        problem = f"{hub_id}: no such folder, and the hub did not give such a model: {reason}"
+        problem = "no such folder, and the hub did not give such a model"
+        problem = f"{hub_id}: {problem}: {first_line(error)}"
         raise FileNotFoundError(problem) from error
 
 
@@ -202,7 +103,7 @@ def find_image_encoder(checkpoint, given, dtype):
     """
     names = ["image_encoder", "models/image_encoder"]
     if given:
-        places = [locate(given, ["models/image_encoder"], dtype)]
+        places = [locate_image_encoder(given, dtype)]
         names.append(".")
     else:
         places = [checkpoint, checkpoint.parent, checkpoint.parent / "IP-Adapter"]
@@ -216,72 +117,83 @@ def find_image_encoder(checkpoint, given, dtype):
     return None
 
 
+def locate_image_encoder(given, dtype):
+    """`given` if it exists; else the snapshot of that hub id with an encoder in it or at its root."""
+    if Path(given).exists() or not is_hub_id(str(given)):
+        return locate(given, [], dtype)
+    for pattern in weight_patterns(dtype):
+        stem = "pytorch_model" if pattern.endswith(".bin") else "model"
+        at_root = pattern.replace("*model", stem)
+        wanted = [f"models/image_encoder/{pattern}", f"image_encoder/{pattern}", at_root]
+        found = download(given, ["*.json", "*.txt", *wanted])
+        if any(any(found.glob(file)) for file in wanted):
+            break
+    return found
+
+
+def locate_clip(path):
+    """`path` if it is a folder; else the snapshot of a hub id with a whole CLIP at its root."""
+    if Path(path).is_dir() or not is_hub_id(str(path)):
+        return locate(path, [], torch.float32)
+    found = download(path, ["*.json", "*.txt", "model.safetensors"])
+    if not (found / "model.safetensors").is_file():
+        found = download(path, ["*.json", "*.txt", "pytorch_model.bin"])
+    return found
+
+
 def find_beside(adapter):
     """The folder of an adapter file if it holds the image encoder too, as h94/IP-Adapter's `models`."""
     folder = Path(adapter).parent
     return folder if (folder / "image_encoder" / "config.json").is_file() else None
 
 
-def read_tensors(path, prefix=""):
-    """Yield (name, tensor) of the names under `prefix`, memory-mapped: nothing is read before use.
-
-    ValueError unless it is .safetensors or a pickle of plain tensors (opened with weights_only).
-    """
-    try:
-        if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            names, get = file.keys(), file.get_tensor
-            if sys.platform == "linux" and path.stat().st_size > 1e9:
-
-                def get(name):  # a mapping each: else one tensor that is kept keeps the whole file
-                    return safe_open(path, framework="pt").get_tensor(name)
-        else:
-            mapped = zipfile.is_zipfile(path)
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-            tensors = tensors.get("state_dict", tensors)
-            names, get = tensors.keys(), tensors.get
-        for name in names:
-            if name.startswith(prefix):
-                yield name.removeprefix(prefix), get(name)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(f"{path} is not a readable weight file: {reason}") from error
-
-
 def load_network(make, config, path, prefix="", device="cpu", dtype=torch.float32):
     """make(config), an nn.Module whose parameters *are* the tensors of a file: no second copy.
 
     path: the file, or its folder. prefix: of its names in a single file. ValueError names the first
-    tensor that is missing, misshapen or unexpected.
+    tensor that is missing, misshapen, unexpected or not of finite numbers.
     """
-    path = path if path.is_file() else weight_file(path, dtype)
-    with torch.device("meta"):  # the layers without numbers
+    with naming(path), torch.device("meta"):  # the layers without numbers
         model = make(config)
+    path = path if path.is_file() else weight_file(path, dtype)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     own_names = {our_name(name, model.config): name for name in expected}
     found = {}
     wrong = []
+    dtypes = set()
     for published, tensor in read_tensors(path, prefix):
         name = own_names.get(our_name(published, model.config))
-        if name and len(expected[name]) == 2 and tensor.shape[2:] == (1, 1):
+        if name is None:
+            if not published.endswith("position_ids"):  # a constant that older transformers wrote
+                wrong.append(f"tensor {published} is unexpected: the config has no place for it")
+            continue
+        check_tensor(path, published, tensor, dtype)
+        dtypes.add(tensor.dtype)
+        if len(expected[name]) == 2 and tensor.shape[2:] == (1, 1):
             tensor = tensor.flatten(1)  # a 1×1 convolution that newer files hold as a matrix
-        if name and list(tensor.shape) == expected[name]:
+        if name in found:
+            wrong.append(f"tensor {published} is there twice, under an older name, too")
+        elif list(tensor.shape) == expected[name]:
             found[name] = tensor.to(device, dtype)
-        elif name:
+        else:
             shape = f"shape {list(tensor.shape)}, but the config asks for {expected[name]}"
             wrong.append(f"tensor {published} has {shape}")
-        elif not published.endswith("position_ids"):  # a constant that older transformers wrote
-            wrong.append(f"tensor {published} is unexpected: the config has no place for it")
+    check_dtypes(path, dtypes)
     wrong = wrong or [f"tensor {name} is missing" for name in expected if name not in found]
     if wrong:
         count = f"({len(wrong)} such in all)"
         raise ValueError(f"{path}: {wrong[0]} {count}: not the weights of this config, or not all")
     model.load_state_dict(found, assign=True)
+    number_positions(model, device)
+    return model.eval()
+
+
+def number_positions(model, device):
+    """Fill CLIP's one buffer, which files do not hold: 0, 1, 2, …"""
     for module in model.modules():
-        if hasattr(module, "position_ids"):  # CLIP's one buffer, which files do not hold
+        if hasattr(module, "position_ids"):
             count = module.position_ids.shape[-1]
             module.position_ids = torch.arange(count, device=device)[None]
-    return model.eval()
 
 
 class Checkpoint:
@@ -297,14 +209,20 @@ class Checkpoint:
         self.is_single_file = self.path.is_file()
         self.root = self.path
         if self.is_single_file:
+            if self.path.suffix not in (".safetensors", ".ckpt"):
+                raise ValueError(f"{path}: neither a folder nor a .safetensors or .ckpt file")
             has_tokenizer = (self.path.parent / "tokenizer").is_dir()
             default = self.path.parent if has_tokenizer else "openai/clip-vit-large-patch14"
             self.root = locate(config or default, [], dtype)
+        configs = {part: self.settings(part) for part in PREFIXES}  # before gigabytes are read
+        self.settings("scheduler", "scheduler_config.json")
+        with naming(self.root):
+            check_fit(**configs)
 
     def settings(self, part, file="config.json"):
         path = self.root / part / file
         if path.is_file():
-            return read_json(path)
+            return read_settings(path, part)
         if self.is_single_file:
             return SINGLE_FILE[part]
         parts = "unet, vae, text_encoder, tokenizer and scheduler"
@@ -325,13 +243,14 @@ class Checkpoint:
         folder = find_image_encoder(self.path, given, self.dtype)
         if folder is None:
             return None, CLIP_COLOURS
-        config = read_json(folder / "config.json")
-        network = load_network(make_image_encoder, config, folder, "", device, self.dtype)
+        config = read_settings(folder / "config.json", "image_encoder")
         name = "preprocessor_config.json"
-        for path in (self.root / "feature_extractor" / name, folder / name):
+        colours = CLIP_COLOURS
+        for path in (self.root / "feature_extractor" / name, folder / name):  # its own wins
             if path.is_file():
-                return network, read_json(path)
-        return network, CLIP_COLOURS
+                colours = read_settings(path, "preprocessor")
+        network = load_network(make_image_encoder, config, folder, "", device, self.dtype)
+        return network, colours
 
     def load_tokenizer(self):
         """FileNotFoundError if there is no vocabulary: transformers would make up an empty one."""
@@ -344,41 +263,44 @@ class Checkpoint:
             raise FileNotFoundError(f"{folder} holds no tokenizer: {missing}")
         from transformers import CLIPTokenizer  # here: it takes seconds
 
-        return CLIPTokenizer.from_pretrained(folder)
+        with naming(folder):
+            tokenizer = CLIPTokenizer.from_pretrained(folder)
+            check_tokenizer(tokenizer, self.settings("text_encoder").get("vocab_size", 49408))
+        return tokenizer
+
+
+def check_tokenizer(tokenizer, vocabulary):
+    """ValueError unless it makes token numbers that a text encoder with so many tokens can read."""
+    length = tokenizer.model_max_length
+    if not isinstance(length, int) or length < 3:
+        raise ValueError(f"model_max_length = {one_line(repr(length), 60)}: it must be 3 or more")
+    numbers = tokenizer.get_vocab().values()
+    if not all(0 <= number < vocabulary for number in numbers):
+        many = f"numbers up to {max(numbers)}, the text encoder has {vocabulary} tokens"
+        raise ValueError(f"the tokenizer gives {many}")
+    ids = tokenize(tokenizer, ["a photo"], 77)[0].tolist()
+    if ids[0] != tokenizer.bos_token_id or tokenizer.eos_token_id not in ids:
+        raise ValueError("no tokenizer of CLIP: a prompt does not begin and end with its marks")
+    # The words that the last merges make: most of them are one token, unless merges are missing.
+    by_number = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    words = [token[:-4] for token, _ in by_number if re.fullmatch("[a-z]+</w>", token)][-20:]
+    whole = [word for word in words if len(tokenizer.tokenize(word)) == 1]
+    if 2 * len(whole) < len(words):
+        raise ValueError("its merges do not make the words of its vocabulary")
 
 
 def make_text_encoder(config):
     """Γ_τ of transformers with a config.json's settings."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    return CLIPTextModel(CLIPTextConfig(**clip_config(config)))
 
 
 def make_image_encoder(config):
     """Γ_i of transformers with a config.json's settings."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    return CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(config))
-
-
-def make_betas(config):
-    """The table β of a published scheduler_config.json: (T,) float64.
-
-    ValueError for a kind that Stable Diffusion 1.x is not.
-    """
-    implemented = dict(
-        prediction_type=["epsilon", None],
-        trained_betas=[None],
-        beta_schedule=["linear", "scaled_linear"],
-    )
-    for key, values in implemented.items():
-        if config.get(key) not in values:
-            raise ValueError(f"scheduler: {key} = {config.get(key)!r} is not implemented")
-    power = 2 if config["beta_schedule"] == "scaled_linear" else 1
-    start = config["beta_start"] ** (1 / power)
-    end = config["beta_end"] ** (1 / power)
-    steps = config["num_train_timesteps"]
-    return torch.linspace(start, end, steps, dtype=torch.float64) ** power
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**clip_config(config)))
 
 
 def write_checkpoint(folder, *parts):
@@ -465,24 +387,19 @@ UNSUPPORTED_ADAPTERS = {  # one tensor that only this kind of published file has
 }
 
 
-def read_adapter(path):
+def read_adapter(path, dtype=torch.float32):
     """An IP-Adapter file -> its tensors by flat published name, its metadata.
 
-    .safetensors, or .bin with nested keys. ValueError, in one line: unreadable, no IP-Adapter, or of
-    a kind that is not supported.
+    .safetensors, or .bin with nested keys. ValueError, in one line: unreadable, no IP-Adapter, of a
+    kind that is not supported, or with numbers that are not finite in `dtype`.
     """
     try:
         if str(path).endswith(".safetensors"):
             tensors, metadata = read_safetensors(path)
         else:
-            tensors, metadata = {}, {}
-            nested = torch.load(path, map_location="cpu", weights_only=True)
-            for part, inner in nested.items():
-                for name, tensor in inner.items():
-                    tensors[f"{part}.{name}"] = tensor
-    except Exception as error:  # each reader fails in its own ways; to the user they are one
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read the adapter {path}: {reason}") from error
+            tensors, metadata = read_nested(path), {}
+    except ValueError as error:
+        raise ValueError(f"cannot read the adapter: {error}") from error
     for name, kind in UNSUPPORTED_ADAPTERS.items():
         if name in tensors:
             raise ValueError(f"{path} is an {kind} file: only the plain IP-Adapter is supported")
@@ -492,14 +409,34 @@ def read_adapter(path):
     for name in ("image_proj.proj.weight", "image_proj.norm.weight"):
         if name not in tensors:
             raise ValueError(f"{path} lacks the tensor {name}")
+    for name, tensor in tensors.items():
+        check_tensor(path, name, tensor, dtype)
+    check_dtypes(path, [tensor.dtype for tensor in tensors.values()])
     return tensors, metadata
 
 
-def read_safetensors(path):
-    """A .safetensors file -> {name: tensor}, {name: string} of its header."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return tensors, file.metadata() or {}
+def read_nested(path):
+    """A .bin file of two tables, image_proj and ip_adapter -> {flat name: tensor}."""
+    tensors = {}
+    nested = read_pickle(path)
+    parts = nested if isinstance(nested, dict) else {}
+    for part, inner in parts.items():
+        if not isinstance(inner, dict):
+            raise ValueError(f"{path}: {one_line(part, 60)} is no table of tensors")
+        for name, tensor in inner.items():
+            tensors[f"{part}.{name}"] = tensor
+    return tensors
+
+
+def adapter_sizes(path, tensors):
+    """Of an adapter file: the image embeddings' width, tokens per image, the text's width."""
+    weight = tensors["image_proj.proj.weight"]
+    norm = tensors["image_proj.norm.weight"]
+    if weight.ndim != 2 or norm.ndim != 1 or len(weight) % len(norm):
+        shapes = f"{tuple(weight.shape)} and {tuple(norm.shape)}"
+        raise ValueError(f"{path}: image_proj.proj.weight and .norm.weight of shapes {shapes}")
+    rows, image_dim = weight.shape
+    return image_dim, rows // len(norm), len(norm)
 
 
 def check_adapter(path, tensors, expected):
@@ -512,5 +449,5 @@ def check_adapter(path, tensors, expected):
             wanted = tuple(tensor.shape)
             raise ValueError(f"{path}: tensor {name} has shape {found}, this UNet needs {wanted}")
     for name in tensors:
-        if name.startswith(("image_proj.", "ip_adapter.")) and name not in expected:
-            raise ValueError(f"{path}: tensor {name} has no place in this UNet")
+        if name not in expected:
+            raise ValueError(f"{path}: tensor {one_line(name, 100)} has no place in this UNet")

@@ -196,8 +196,8 @@ def is_idle(path, seconds):
 def read_json(path):
     """The content of a JSON file. FileNotFoundError or ValueError names it."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.inception import Inception3
 
+from support.text import one_line
+from support.weights import check_tensor, read_pickle
+
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 SIZE = 299
@@ -52,11 +55,14 @@ class InceptionV3(Inception3):
     def load_weights(self, weights):
         try:
             if not isinstance(weights, dict):
-                weights = torch.load(weights, "cpu", weights_only=True)
+                weights = read_pickle(weights)
             self.load_state_dict(weights, assign=True)
+            for name, tensor in weights.items():
+                if tensor.is_floating_point():  # not the counters of batches
+                    check_tensor("the file", name, tensor)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"no Inception weights of the official FID: {reason}") from None
+            reason = one_line(error)
+            raise ValueError(f"no Inception weights of the official FID: {reason}") from error
 
     def resize(self, images):
         """(B, 3, H, W) -> (B, 3, 299, 299), bilinear without antialias, in one of two ways.

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from support.files import write_whole
+from support.text import first_line
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAKER = "multi-image IP-Adapter"  # in the field Software of the pictures that save_pictures makes
@@ -34,11 +35,20 @@ def picture_files(folder, *patterns):
     """
     for pattern in patterns or ["*"]:
         found = [file for file in Path(folder).glob(pattern) if file.suffix.lower() in PICTURES]
+        found.sort()
+        for file in found:
+            require_file(file)
         if found:
-            return sorted(found)
+            return found
     problem = "no pictures" if Path(folder).is_dir() else "no such folder"
     kinds = ", ".join(PICTURES)
     raise ValueError(f"{folder}: {problem}; give a folder of pictures ({kinds})")
+
+
+def require_file(path):
+    """ValueError unless a picture is a file: not a folder, a link to nowhere, a pipe to wait for."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: not a readable picture (no such file)")
 
 
 def load_image(path, size=None):
@@ -46,11 +56,12 @@ def load_image(path, size=None):
 
     Transparent pictures are laid on white. ValueError names a file that cannot be read.
     """
+    require_file(path)
     try:
         with Image.open(path) as file:
             image = to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # each format's reader fails in its own ways
-        raise ValueError(f"{path}: not a readable picture ({error})") from None
+        raise ValueError(f"{path}: not a readable picture ({first_line(error)})") from error
     return crop_square(image, size) if size else image
 
 

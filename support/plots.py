@@ -27,7 +27,8 @@ def plot_training(path, rows, title):
     validation = [row["validation"] for row in rows]
     axes[0].plot(steps[1:], train, "o-", label="training", alpha=0.6, markersize=3)
     axes[0].plot(steps, validation, "o-", label="validation", markersize=3)
-    axes[0].set(title=title, xlabel="step", ylabel="loss")
+    axes[0].set_title(title, parse_math=False)  # a user's word may hold a $
+    axes[0].set(xlabel="step", ylabel="loss")
     axes[0].legend()
     for name in bands:
         start = rows[0][name]

@@ -1,4 +1,4 @@
-"""Prompts -> token numbers."""
+"""Text: prompts into token numbers, and text for one line of a terminal."""
 
 import warnings
 
@@ -12,6 +12,36 @@ def tokenize(tokenizer, prompts, window):
     for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids):
         if len(ids) > window:
             cut = f"prompt of {len(ids)} tokens cut to the text encoder's {window}"
-            warnings.warn(f"{cut}: {prompt!r}", stacklevel=4)
+            warnings.warn(f"{cut}: {one_line(prompt, 100)!r}", stacklevel=4)
     fit = dict(padding="max_length", max_length=window, truncation=True, return_tensors="pt")
     return tokenizer(prompts, **fit).input_ids
+
+
+def one_line(text, most=300):
+    """Text, or an exception's, without line breaks, its middle left out if it is longer than `most`."""
+    line = " ".join(str(text).splitlines())
+    if len(line) <= most:
+        return line
+    half = most // 2
+    return f"{line[:half]} … {line[-half:]}"
+
+
+def first_line(error):
+    """The first line of an exception's text, or its kind if it has none.
+
+    PyTorch's advice to open a file with weights_only=False is not passed on.
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    if "weights_only" in str(error):
+        return "it holds more than tensors and is not opened"
+    return one_line(lines[0], 200)
+
+
+def read_lines(path):
+    """The lines of a text file. ValueError, naming it, unless it is UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -456,7 +456,7 @@ OF_A_MAN = ["--images", "PHOTOS", "--noun", "man"]
     (["--noun", "man"], "--images"),
     (["--images", "PHOTOS"], "--noun"),
     (["--images", "nowhere", "--noun", "man"], "nowhere"),
-    ([*OF_A_MAN, "--lora", "0"], "rank of at least 1"),
+    ([*OF_A_MAN, "--lora", "0"], "--lora 0: from 1 to 1024"),
     ([*OF_A_MAN, "--lora", "2", "--train-text-encoder"], "--lora"),
     ([*OF_A_MAN, "--prior-weight", "-1"], "--prior-weight"),
     ([*OF_A_MAN, "--class-images", "0"], "--class-images"),

@@ -201,13 +201,13 @@ def test_ddpm_noise_is_not_the_noise_that_a_picture_starts_from(tiny_model, monk
     (["--refs", "missing.jpg", "--prompt", "x"], "missing.jpg"),
     (["--adapter", "missing.safetensors", "--refs", "REF", "--prompt", "x"], "missing.safetensors"),
     (["--steps", "0", "--prompt", "x"], "steps"),
-    (["--n", "0", "--prompt", "x"], "--n 0: at least 1"),
+    (["--n", "0", "--prompt", "x"], "--n 0: from 1 to 1000"),
     (["--benchmark", "--steps", "1", "--prompt", "x"], "warms up"),
     (["--device", "tpu", "--prompt", "x"], "tpu"),
     (["--prompt", "x", "--out", "REF/picture.png"], "REF"),
     (["--prompt", "x", "--out", "."], "folder"),
     ([], "--prompt"),
-    (["--adapter", "any.safetensors", "--prompt", "x"], "--refs"),
+    (["--adapter", "REF", "--prompt", "x"], "--refs"),
     (["--agg", "avg", "--prompt", "x"], "--refs"),
 ])
 def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, workdir, refs, words, says):

@@ -321,8 +321,9 @@ def test_accessories_of_the_sweep_are_those_of_the_drawing():
 @pytest.mark.parametrize("words, says", [
     ("--people 1", "at least two people"),
     ("--photos 1 --seeds 1", "at least two people"),
-    ("--seeds 0", "at least two people"),
-    ("--steps 0", "--steps 0: at least 1"),
+    ("--seeds 0", "--seeds 0: from 1 to 1000"),
+    ("--steps 0", "--steps 0: from 1 to 1000"),
+    ("--steps 1001", "--steps 1001: from 1 to 1000"),
 ])
 def test_table_of_too_few_pictures_is_one_clear_line(words, says, exam_folder, command):
     code, _, line = command(table1, *SIZE, *words.split())

@@ -441,25 +441,37 @@ def test_real_photos_train(tiny_folder, workdir, monkeypatch):
 
 @pytest.mark.parametrize("error, says", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"),
-     "CUDA out of memory"),
-    (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried …"),
-     "MPS backend out of memory (MPS allocated: 9 GB)"),
+     "out of memory (2.00 GiB more were asked for)"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried …"), "out of memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                  "memory: you tried to allocate 400 bytes."), "out of memory (400 bytes more were asked for)"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling …"), "out of memory"),
 ])
 def test_full_gpu_is_one_line_that_says_what_to_do(error, says, capsys):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        train.run(main)
+        train.run(main, "less with --batch")
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and line.startswith(f"error: {says}: ") and "--batch" in line
 
 
-def test_other_failures_keep_their_traceback():
+@pytest.mark.parametrize("text", ["a bug", "CUDA error: an illegal memory access was encountered"])
+def test_other_failures_keep_their_traceback(text):
     def main():
-        raise RuntimeError("a bug")
+        raise RuntimeError(text)
 
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(RuntimeError, match=text):
+        train.run(main)
+
+
+def test_debug_shows_the_traceback_behind_a_line(monkeypatch):
+    def main():
+        raise ValueError("bad input")
+
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(ValueError, match="bad input"):
         train.run(main)
 
 

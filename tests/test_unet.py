@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import unet as module
 from conftest import randn
 from ddpm import Schedule
-from support import checkpoints
+from support import configs
 from support.files import write_whole
 from unet import AutoencoderKL, Posterior, StableDiffusion, UNet
 
@@ -205,7 +205,7 @@ def test_text_attentions_are_numbered_as_in_ip_adapter_sd15():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         names = [name for name, _ in UNet().named_modules() if name.endswith(("attn1", "attn2"))]
-        theirs = list(diffusers.UNet2DConditionModel(**checkpoints.UNET_DEFAULTS).attn_processors)
+        theirs = list(diffusers.UNet2DConditionModel(**configs.UNET_DEFAULTS).attn_processors)
     assert [name + ".processor" for name in names] == theirs
     assert [i for i, name in enumerate(names) if name.endswith("attn2")] == list(range(1, 32, 2))
     assert names[31].startswith("mid_block")
@@ -549,12 +549,12 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, folder):
         StableDiffusion.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         StableDiffusion.load(tmp_path / "nowhere")
-    (folder / "vae/config.json").write_text("{")
-    with pytest.raises(ValueError, match="vae/config.json is not valid JSON"):
-        StableDiffusion.load(folder)
     path = weights(folder, "unet")
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=f"unet/{path.name} is not a readable weight file"):
+        StableDiffusion.load(folder)
+    (folder / "vae/config.json").write_text("{")
+    with pytest.raises(ValueError, match="vae/config.json is not valid JSON"):  # before any weights
         StableDiffusion.load(folder)
 
 
@@ -630,12 +630,12 @@ def test_missing_image_encoder_matters_only_when_used(model):
 
 def test_schedules_are_read_from_their_published_settings():
     linear = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000)
-    schedule = Schedule(checkpoints.make_betas(linear))
+    schedule = Schedule(configs.make_betas(linear))
     torch.testing.assert_close(schedule.beta, Schedule.ddpm().beta, rtol=1e-12, atol=0)
     others = dict(prediction_type="v_prediction", beta_schedule="squared", trained_betas=[0.1])
     for key, value in others.items():
         with pytest.raises(ValueError, match=key):
-            checkpoints.make_betas(linear | {key: value})
+            configs.make_betas(linear | {key: value})
 
 
 # What goes in and out
