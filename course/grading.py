@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 from course.listing import find_exercise
 from course.stubs import ROOT, is_untouched, use_ours_elsewhere
 
@@ -25,8 +27,8 @@ class Verdict:
     """What `check` says of an exercise."""
 
     status: str  # "not begun", "wrong" or "right"
-    claim: str = ""  # if wrong: the first claim that does not hold, in words
-    seen: str = ""  # what came out, or the line that failed
+    reason: str = ""  # if wrong: the first claim that does not hold, or what went wrong before
+    seen: str = ""  # the line that failed, and what came out
     hint: str = ""
     stopped: bool = False  # the process that graded it hung or ended
 
@@ -37,7 +39,7 @@ def grade(exercise, source, file):
         tree = ast.parse(source)
         use_ours_elsewhere(exercise, tree)
     except SyntaxError as error:
-        return Verdict("wrong", f"{exercise.file}, line {error.lineno}: {error.msg}")
+        return Verdict("wrong", f"Line {error.lineno}: {error.msg}")
     except ValueError as error:
         return Verdict("wrong", str(error))
     if is_untouched(exercise, tree):
@@ -51,16 +53,27 @@ def run_claims(exercise, tree, file):
         try:
             load_module(exercise.module, tree, file)
         except Exception as error:
-            return Verdict("wrong", "the file cannot be imported", describe(error, file))
+            place = find_line(error, file)
+            return Verdict("wrong", f"The file cannot be imported. {place}{write_gist(error)}")
         tests = import_module(f"test_{exercise.module}")
         for name in exercise.tests:
             test = getattr(tests, name)
             for case in list_cases(test):
                 error = find_error(test, case)
                 if error is not None:
-                    claim = write_claim(name, case)
-                    return Verdict("wrong", claim, describe(error, file), exercise.hints.get(name, ""))
+                    return explain(error, write_claim(name, case), exercise.hints.get(name, ""), file)
     return Verdict("right")
+
+
+def explain(error, claim, hint, file):
+    """The verdict if a test of a claim raises an error."""
+    place = find_line(error, file)
+    is_a_claim = isinstance(error, (AssertionError, pytest.fail.Exception))
+    if place and not is_a_claim:  # the student's own line does not run
+        return Verdict("wrong", f"{place}{write_gist(error)}", f"while testing this: {claim}")
+    test_file = TESTS / f"test_{Path(file).stem}.py"
+    seen = f"{test_file.name}, {find_line(error, test_file, with_code=True)}{write_gist(error)}"
+    return Verdict("wrong", f"Not true yet: {claim}", seen.removesuffix(": "), hint)
 
 
 # ---------------------------------------------------------------- the module under test
@@ -124,48 +137,45 @@ def write_claim(name, case):
         words[0] = f"Algorithm {first[3:]}:"
     text = " ".join(words)
     if case:
-        values = ", ".join(f"{key} = {value}" for key, value in case.items())
-        text = f"{text} ({values})"
+        values = [f"{key} = {getattr(value, '__name__', value)}" for key, value in case.items()]
+        text = f"{text} ({', '.join(values)})"
     return text
 
 
-def describe(error, file):
-    """Where an error arose, in the student's file or else in the test, and what it says; one line."""
+def find_line(error, file, with_code=False):
+    """The last line of `file` that an error went through, as "Line 7: "; "" if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == str(file)]
-    tests = [frame for frame in frames if Path(frame.filename).parent == TESTS]
-    reason = f"{type(error).__name__}: {find_gist(error)}"
-    if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {reason}"
-    if own:
-        return f"{Path(file).name}, line {own[-1].lineno}: {reason}"
-    tests = [frame for frame in tests if frame.name.startswith("test_")]
-    if not tests:
-        return reason
-    place = f"{Path(tests[-1].filename).name}, line {tests[-1].lineno}: {tests[-1].line}"
-    if isinstance(error, AssertionError):
-        reason = find_gist(error)
-    return f"{place}: {reason}".rstrip(": ")
+    frames = [frame for frame in frames if frame.filename == str(file)]
+    if not frames:
+        return ""
+    line = f"Line {frames[-1].lineno}: "
+    return f"{line}{frames[-1].line}: " if with_code else line
 
 
-def find_gist(error):
-    """The one line of a message that says most."""
+def write_gist(error):
+    """The one line of an error's message that says most, with the kind of error if that is needed."""
     lines = str(error).splitlines() or [""]
     for line in lines:
         if "absolute difference" in line.lower():  # of torch.testing
             return line.split(" at index")[0].split(" (up to")[0].strip()
-    return lines[0]
+    if isinstance(error, AssertionError):
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 # ---------------------------------------------------------------- a process of its own
 
 def work(folder, numbers, connection):
-    """Grade the exercises of these numbers in order and send a verdict for each.
+    """Say "ready", then grade the exercises of these numbers in order and send a verdict for each.
 
     Runs in a process of its own (see exercises.py): what it runs may hang, crash, print or exit.
     """
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.path[:0] = [str(ROOT), str(TESTS)]
+    torch = import_module("torch")  # here: the process that waits needs none of this
+    torch.set_num_threads(1)
+    import_module("conftest")
+    connection.send("ready")
     for number in numbers:
         connection.send(grade_file(folder, find_exercise(number)))
 

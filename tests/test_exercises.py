@@ -5,12 +5,15 @@ and what stands there instead. All must be graded wrong, the empty function "not
 """
 
 import ast
+import os
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 
 from course import exercises
-from course.grading import grade, run_claims
+from course.grading import Verdict, grade, run_claims
 from course.listing import EXERCISES
 from course.stubs import empty_functions, find_functions, make_handout, read_ours
 
@@ -227,6 +230,182 @@ def test_plausible_wrong_answers_are_wrong(exercise):
     accepted = []
     for error, old, new in answers:
         verdict = grade(exercise, make_wrong(exercise, old, new), exercise.file)
-        if verdict.status != "wrong" or not verdict.claim:
+        if verdict.status != "wrong" or not verdict.reason:
             accepted.append(error)
     assert not accepted, f"{exercise.title}: these wrong answers pass: {', '.join(accepted)}"
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"functions": ["forget"]}, "ddpm.py has no function forget"),
+    ({"given": {"q_sample": "x = 1"}}, "q_sample has no statement that begins with 'x = 1'"),
+])
+def test_a_list_that_went_stale_is_an_error(change, says):
+    with pytest.raises(ValueError, match=says):
+        empty_functions(read_ours("ddpm.py"), replace(EXERCISES[0], **change))
+
+
+# ---------------------------------------------------------------- each by itself
+
+def write_answer(exercise, body, source=None):
+    """A source, by default the handout, with the body of the exercise's only function written by hand."""
+    source = source or make_handout(exercise.file)
+    (name,) = exercise.functions
+    line = f'raise NotImplementedError("exercise {exercise.number}: {exercise.title}, {exercise.module}.{name}")'
+    assert source.count(line) == 1
+    return source.replace(line, body)
+
+
+SAMPLE, GUIDE = EXERCISES[0], EXERCISES[3]
+
+
+def test_an_exercise_is_right_while_all_others_are_empty_or_wrong():
+    answer = write_answer(GUIDE, "return eps_uncond + w * (eps_cond - eps_uncond)")
+    assert grade(GUIDE, answer, "ddpm.py").status == "right"
+    answer = write_answer(SAMPLE, "return x_0", answer)
+    assert grade(GUIDE, answer, "ddpm.py").status == "right"
+    assert grade(SAMPLE, answer, "ddpm.py").status == "wrong"
+
+
+def test_helpers_and_imports_of_the_student_are_used():
+    source = "import math\n" + make_handout("ddpm.py") + "\n\ndef half(x):\n    return x / math.sqrt(4)\n"
+    answer = write_answer(GUIDE, "return 2 * half(w * eps_cond + (1 - w) * eps_uncond)", source)
+    assert grade(GUIDE, answer, "ddpm.py").status == "right"
+
+
+@pytest.mark.parametrize("body, status, says", [
+    ("return eps_cond +", "wrong", "Line {line}: invalid syntax"),
+    ("return eps", "wrong", "Line {line}: NameError: name 'eps' is not defined"),
+    ("return None", "wrong", "Not true yet: eq. 11: guidance extrapolates from the unconditional"),
+    ("raise SystemExit", "wrong", "Line {line}: SystemExit"),
+    ("raise NotImplementedError  # later", "wrong", "Line {line}: NotImplementedError"),
+])
+def test_what_is_wrong_is_said_with_the_line(body, status, says):
+    answer = write_answer(GUIDE, body)
+    line = answer.split("\n").index(f"    {body}") + 1
+    verdict = grade(GUIDE, answer, "ddpm.py")
+    assert verdict.status == status
+    assert verdict.reason.startswith(says.format(line=line))
+
+
+def test_a_failed_claim_shows_the_line_of_the_test_what_came_out_and_a_hint():
+    verdict = grade(GUIDE, write_answer(GUIDE, "return eps_cond"), "ddpm.py")
+    assert verdict.reason == "Not true yet: eq. 11: guidance extrapolates from the unconditional prediction"
+    assert "close(guide(cond, uncond, 7.5), uncond + 7.5 * (cond - uncond)): Greatest" in verdict.seen
+    assert "w = 1" in verdict.hint
+
+
+def test_a_module_that_cannot_be_imported_or_has_lost_a_function_is_wrong():
+    source = "import nothing_of_that_name\n" + write_answer(GUIDE, "return eps_cond")
+    assert "Line 1: ModuleNotFoundError" in grade(GUIDE, source, "ddpm.py").reason
+    source = make_handout("ddpm.py").replace("def guide(", "def guidance(")
+    assert grade(SAMPLE, source, "ddpm.py").reason == "ddpm.py has no function guide any more"
+
+
+def test_grading_leaves_the_modules_of_others_as_they_are():
+    import ddpm
+    import test_ddpm
+
+    grade(GUIDE, write_answer(GUIDE, "return eps_cond"), "ddpm.py")
+    assert sys.modules["ddpm"] is ddpm and sys.modules["test_ddpm"] is test_ddpm
+
+
+# ---------------------------------------------------------------- the program
+
+def program(monkeypatch, capsys, *words):
+    """What `python -m course.exercises WORDS` prints, and its exit code."""
+    monkeypatch.setattr(sys, "argv", ["exercises", *map(str, words)])
+    code = 0
+    try:
+        exercises.run(exercises.main)
+    except SystemExit as stopped:
+        code = stopped.code
+    printed = capsys.readouterr()
+    return printed.out + printed.err, code
+
+
+def test_start_empties_every_exercise_and_leaves_the_rest_as_it_is(workdir, monkeypatch, capsys):
+    text, code = program(monkeypatch, capsys, "start")
+    assert code == 0 and f"{len(EXERCISES)} exercises" in text
+    numbers = []
+    for file in exercises.list_files():
+        handout = (workdir / "runs" / "course" / file).read_text(encoding="utf-8")
+        numbers += [line.split()[2] for line in handout.split("\n") if 'Error("exercise ' in line]
+        compile(handout, file, "exec")
+        if file not in {exercise.file for exercise in EXERCISES}:
+            assert handout == read_ours(file)
+    assert {int(number.strip(":")) for number in numbers} == {e.number for e in EXERCISES}
+    assert [e.number for e in EXERCISES] == list(range(1, len(EXERCISES) + 1))
+    assert sorted(e.lecture for e in EXERCISES) == [e.lecture for e in EXERCISES]
+
+
+def test_a_second_start_leaves_work_alone_and_brings_back_what_is_missing(workdir, monkeypatch, capsys):
+    program(monkeypatch, capsys, "start", "mine")
+    (workdir / "mine/ddpm.py").write_text("my work")
+    (workdir / "mine/train.py").unlink()
+    text, code = program(monkeypatch, capsys, "start", "mine")
+    assert code == 0 and "1 files written" in text
+    assert text.splitlines()[-1] == "left alone, because they are not as handed out: ddpm.py"
+    assert (workdir / "mine/ddpm.py").read_text() == "my work"
+    assert (workdir / "mine/train.py").read_text(encoding="utf-8") == read_ours("train.py")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["start", "others"], "others holds other things"),
+    (["start", "others/file.txt"], "others/file.txt is a file"),
+    (["check"], "runs/course is no folder of exercises; begin with"),
+    (["check", "--folder", "others"], "others is no folder of exercises"),
+    (["check", "16", "--folder", "mine"], "there is no exercise 16: they are 1 to 15"),
+    (["solution", "0"], "there is no exercise 0"),
+])
+def test_bad_input_is_one_line_and_exit_2(words, says, workdir, monkeypatch, capsys):
+    (workdir / "others").mkdir()
+    (workdir / "others/file.txt").write_text("of somebody")
+    (workdir / "mine").mkdir()
+    (workdir / "mine" / exercises.MARK).touch()
+    text, code = program(monkeypatch, capsys, *words)
+    assert code == 2 and text.startswith("error: ") and says in text
+    assert len(text.splitlines()) == 1
+    assert os.listdir("others") == ["file.txt"]
+
+
+def test_solution_shows_ours(monkeypatch, capsys):
+    text, code = program(monkeypatch, capsys, "solution", 7)
+    assert code == 0 and "embeds.amax(dim=1" in text and "embeds.mean(dim=1" in text
+
+
+def test_check_grades_in_a_process_of_its_own(workdir, monkeypatch, capsys):
+    program(monkeypatch, capsys, "start")
+    folder = workdir / "runs/course"
+    ddpm = write_answer(GUIDE, "print('noise')\n    return w * eps_cond + (1 - w) * eps_uncond")
+    (folder / "ddpm.py").write_text(ddpm.replace("value = table", "value = 2 * table"), encoding="utf-8")
+    (folder / "attention.py").write_text("def attention(:", encoding="utf-8")
+    (folder / "train.py").write_text("import", encoding="utf-8")
+    (folder / "sample.py").unlink()
+    text, code = program(monkeypatch, capsys, "check", 4, 5, 7)
+    lines = text.splitlines()
+    assert code == 1
+    assert [line.split()[1] for line in lines[:3]] == ["right", "wrong", "not"]
+    assert "Line 1: invalid syntax" in lines[1]
+    assert lines[3] == "1 of 3 right"
+    notes = "\n".join(lines[4:])
+    for words in ("ddpm.py: lookup differs", "train.py, line 1: invalid syntax", "sample.py is missing"):
+        assert words in notes
+
+
+def work_badly(folder, numbers, connection):
+    """A process that hangs in exercise 2 and ends in exercise 4."""
+    connection.send("ready")
+    for number in numbers:
+        if number == 2:
+            time.sleep(600)
+        if number == 4:
+            os._exit(3)
+        connection.send(Verdict("right"))
+
+
+def test_a_process_that_hangs_or_ends_costs_one_exercise():
+    results = list(exercises.grade_all(None, EXERCISES[:5], limit=2, work=work_badly))
+    assert [exercise.number for exercise, _ in results] == [1, 2, 3, 4, 5]
+    verdicts = [verdict for _, verdict in results]
+    assert [verdict.status for verdict in verdicts] == ["right", "wrong", "right", "wrong", "right"]
+    assert "endless loop" in verdicts[1].reason and "ends the whole program" in verdicts[3].reason
