@@ -52,6 +52,9 @@ def start(folder):
             written += 1
         elif path.read_bytes() != handout.encode():
             changed.append(file)
+    weights = folder / "weights"
+    if not weights.exists() and not weights.is_symlink():
+        weights.symlink_to(ROOT / "weights")  # the programs read them, they are not copied
     print(f"{folder}: {written} files written, {len(EXERCISES)} exercises in them")
     if changed:
         print(f"left alone, because they are not as handed out: {', '.join(changed)}")

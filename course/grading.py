@@ -72,7 +72,8 @@ def explain(error, claim, hint, file):
     if place and not is_a_claim:  # the student's own line does not run
         return Verdict("wrong", f"{place}{write_gist(error)}", f"while testing this: {claim}")
     test_file = TESTS / f"test_{Path(file).stem}.py"
-    seen = f"{test_file.name}, {find_line(error, test_file, with_code=True)}{write_gist(error)}"
+    what = write_gist(error) or show_value(error, test_file)
+    seen = f"{test_file.name}, {find_line(error, test_file, with_code=True)}{what}"
     return Verdict("wrong", f"Not true yet: {claim}", seen.removesuffix(": "), hint)
 
 
@@ -150,6 +151,22 @@ def find_line(error, file, with_code=False):
         return ""
     line = f"Line {frames[-1].lineno}: "
     return f"{line}{frames[-1].line}: " if with_code else line
+
+
+def show_value(error, file):
+    """The value on the left of the line `assert a == b` in `file` that failed, if that is short."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    frames = [(frame, line) for frame, line in frames if frame.f_code.co_filename == str(file)]
+    if not frames:
+        return ""
+    frame, line = frames[-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        is_it = isinstance(node, ast.Assert) and node.lineno <= line <= node.end_lineno
+        if is_it and isinstance(node.test, ast.Compare):
+            left = ast.unparse(node.test.left)
+            value = repr(eval(left, frame.f_globals, frame.f_locals))  # once more, for its value
+            return f"the left side is {value}" if len(value) <= 60 else ""
+    return ""
 
 
 def write_gist(error):

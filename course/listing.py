@@ -157,7 +157,9 @@ EXERCISES = [
         {"test_eq5_uniform_posteriors_give_1_and_balanced_certain_ones_give_K":
             "0·log 0 is 0 (torch.xlogy); mean over pictures, then exp",
          "test_eq5_marginals_differ_for_unbalanced_classes":
-            "p(y): the mean of p(y|x) over the pictures, or 1/K",
+            "p(y) is the mean of p(y|x) over the pictures, or 1/K; and 0/0 is NaN, so take log p − log q",
+         "test_eq5_uniform_marginal_is_K_over_the_exponential_of_the_mean_entropy":
+            "p is float64: 1/K must be, too",
          "test_eq5_every_split_has_its_own_marginal": "p(y) is the mean over the split's pictures"},
         given={"inception_score": "p = p[np.random"},
     ),

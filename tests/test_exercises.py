@@ -255,14 +255,19 @@ def write_answer(exercise, body, source=None):
     return source.replace(line, body)
 
 
-SAMPLE, GUIDE = EXERCISES[0], EXERCISES[3]
+SAMPLE, DDIM, GUIDE = EXERCISES[0], EXERCISES[2], EXERCISES[3]
 
 
-def test_an_exercise_is_right_while_all_others_are_empty_or_wrong():
-    answer = write_answer(GUIDE, "return eps_uncond + w * (eps_cond - eps_uncond)")
-    assert grade(GUIDE, answer, "ddpm.py").status == "right"
+def test_an_exercise_is_right_while_those_it_stands_on_are_empty_or_wrong():
+    body = """times = leading(len(schedule.beta), steps)
+    for t, s in zip(times[::-1], [0, *times[:-1]][::-1]):
+        eps = eps_fn(x, t)
+        x = q_sample(predict_x0(x, t, eps, schedule), s, eps, schedule)
+    return x"""
+    answer = write_answer(DDIM, body)
+    assert grade(DDIM, answer, "ddpm.py").status == "right"
     answer = write_answer(SAMPLE, "return x_0", answer)
-    assert grade(GUIDE, answer, "ddpm.py").status == "right"
+    assert grade(DDIM, answer, "ddpm.py").status == "right"
     assert grade(SAMPLE, answer, "ddpm.py").status == "wrong"
 
 
@@ -326,6 +331,7 @@ def program(monkeypatch, capsys, *words):
 def test_start_empties_every_exercise_and_leaves_the_rest_as_it_is(workdir, monkeypatch, capsys):
     text, code = program(monkeypatch, capsys, "start")
     assert code == 0 and f"{len(EXERCISES)} exercises" in text
+    assert (workdir / "runs/course/weights/tiny/unet").is_dir()
     numbers = []
     for file in exercises.list_files():
         handout = (workdir / "runs" / "course" / file).read_text(encoding="utf-8")
@@ -378,17 +384,25 @@ def test_check_grades_in_a_process_of_its_own(workdir, monkeypatch, capsys):
     folder = workdir / "runs/course"
     ddpm = write_answer(GUIDE, "print('noise')\n    return w * eps_cond + (1 - w) * eps_uncond")
     (folder / "ddpm.py").write_text(ddpm.replace("value = table", "value = 2 * table"), encoding="utf-8")
+    data = (folder / "data.py").read_text(encoding="utf-8")
+    (folder / "data.py").write_text(data.replace("def split(", "def cut("), encoding="utf-8")
     (folder / "attention.py").write_text("def attention(:", encoding="utf-8")
+    pooling = (folder / "aggregators.py").read_text(encoding="utf-8")
+    pooling = pooling.replace('raise NotImplementedError("exercise 7', 'return embeds[:, 1:2]  # ("')
+    (folder / "aggregators.py").write_text(pooling, encoding="utf-8")
     (folder / "train.py").write_text("import", encoding="utf-8")
     (folder / "sample.py").unlink()
-    text, code = program(monkeypatch, capsys, "check", 4, 5, 7)
+    text, code = program(monkeypatch, capsys, "check", 4, 5, 6, 7, 8)
     lines = text.splitlines()
     assert code == 1
-    assert [line.split()[1] for line in lines[:3]] == ["right", "wrong", "not"]
-    assert "Line 1: invalid syntax" in lines[1]
-    assert lines[3] == "1 of 3 right"
-    notes = "\n".join(lines[4:])
-    for words in ("ddpm.py: lookup differs", "train.py, line 1: invalid syntax", "sample.py is missing"):
+    results = [line for line in lines if line[1:4].endswith("  ") and line[1].isdigit()]
+    words = [line.split()[1] for line in results]
+    assert words == ["right", "wrong", "wrong", "wrong", "not"]
+    assert "Line 1: invalid syntax" in results[1]
+    assert "the left side is [[[3.0, -2.0]]]" in text
+    assert "1 of 5 right" in lines
+    notes = text.split("1 of 5 right")[1]
+    for words in ("ddpm.py: lookup differs", "data.py: split differs", "train.py, line 1: invalid syntax", "sample.py is missing"):
         assert words in notes
 
 
