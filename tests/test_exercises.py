@@ -15,7 +15,7 @@ import pytest
 from course import exercises
 from course.grading import Verdict, grade, run_claims
 from course.listing import EXERCISES
-from course.stubs import empty_functions, find_functions, make_handout, read_ours
+from course.stubs import ROOT, empty_functions, find_functions, make_handout, read_ours
 
 WRONG = {
     1: [  # q_sample
@@ -423,3 +423,13 @@ def test_a_process_that_hangs_or_ends_costs_one_exercise():
     verdicts = [verdict for _, verdict in results]
     assert [verdict.status for verdict in verdicts] == ["right", "wrong", "right", "wrong", "right"]
     assert "endless loop" in verdicts[1].reason and "ends the whole program" in verdicts[3].reason
+
+
+def test_readme_lists_the_exercises_as_they_are():
+    text = (ROOT / "course" / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line[2:3].isdigit()]
+    assert len(rows) == len(EXERCISES)
+    for row, exercise in zip(rows, EXERCISES):
+        functions = ", ".join(f"`{name}`" for name in exercise.functions)
+        assert row.startswith(f"| {exercise.number} | {exercise.lecture} | {functions} |")
+        assert row.endswith(f"| `{exercise.file}` |")
