@@ -122,8 +122,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="picture k starts from the noise of seed + "
         "k; of toy people, also which person")
     add_device_arguments(parser, precision="number format of the weights")
-    add("--compile", action="store_true", help="compile the UNet first: takes a minute, and on "
-        "CPUs a C++ compiler")
+    add("--compile", action="store_true", help="compile the UNet first, on GPUs: takes a minute")
     add("--benchmark", action="store_true", help="print warm-up, seconds a step and peak memory")
     add("--out", type=Path, default=Path("runs/sample.png"), help="picture to write")
     return parser.parse_args()
