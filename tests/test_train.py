@@ -35,11 +35,13 @@ def program(monkeypatch, *words):
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     """One sampling step, pictures of two people: here it counts only that there are some."""
+    real = ip_adapter.generate
+
     def generate(*args, **settings):
-        return ip_adapter.generate(*args, **{**settings, "steps": 1})
+        return real(*args, **{**settings, "steps": 1})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "generate", generate)
+        patch.setattr(ip_adapter, "generate", generate)
         patch.setattr(train.save_samples.__wrapped__, "__defaults__", (2,))
         yield
 
