@@ -312,7 +312,7 @@ def train_and_die(words):
 
 
 def test_kill_9_then_resume_is_bit_identical(trained, tiny_folder, workdir, monkeypatch):
-    words = ["--model", tiny_folder, "--out", "run", "--steps", 6, *WORDS]
+    words = ["--model", tiny_folder, "--out", "run", "--steps", 6, "--device", "cpu", *WORDS]
     (workdir / ".cache").symlink_to(trained / ".cache")
     can_fork = sys.platform == "linux" and not torch.cuda.is_available()  # spawn imports all for seconds
     context = multiprocessing.get_context("fork" if can_fork else "spawn")
