@@ -235,8 +235,10 @@ def test_the_pretended_device_takes_what_a_gpu_takes():
 # ---------------------------------------------------------------- --device auto
 
 
-def test_no_test_depends_on_the_devices_of_the_machine(monkeypatch, auto_is_cpu):
-    for here, name in ((torch.backends.mps, "mps"), (torch.cuda, "cuda")):
-        monkeypatch.setattr(here, "is_available", lambda: True)
-        assert auto_is_cpu() == name  # what auto means outside of tests
-        assert devices.pick_device("auto") == CPU
+@pytest.mark.parametrize("cuda, mps, name", [
+    (True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_no_test_depends_on_the_devices_of_the_machine(cuda, mps, name, monkeypatch, auto_is_cpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert auto_is_cpu() == name  # what auto means outside of tests
+    assert devices.pick_device("auto") == CPU
