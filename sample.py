@@ -75,15 +75,18 @@ def embed_references(sd, adapter, images):
 def load_model(model, device, precision, image_encoder, lora):
     """The checkpoint in `precision`, with the LoRA file merged into its UNet if one is given.
 
-    The LoRA is merged in float32: in half precision its small updates would be rounded away.
+    The LoRA is merged in float32: in half precision its small updates would be rounded away; and on
+    the CPU, where there is room for float32.
     """
     dtype = DTYPE[precision]
-    sd = StableDiffusion.load(model, device, torch.float32 if lora else dtype, image_encoder)
     if lora:
+        sd = StableDiffusion.load(model, "cpu", torch.float32, image_encoder)
         load_lora(lora, sd)
         for network in (sd.unet, sd.vae, sd.text_encoder, sd.image_encoder):
             if network is not None:
-                network.to(dtype)
+                network.to(device, dtype)
+    else:
+        sd = StableDiffusion.load(model, device, dtype, image_encoder)
     if device.type == "cuda":  # as its convolutions like it; for the CPU see prepare_unet
         sd.unet.to(memory_format=torch.channels_last)
         sd.vae.to(memory_format=torch.channels_last)
@@ -135,12 +138,17 @@ def check_arguments(args):
         raise ValueError("--benchmark with --steps 1: the first step only warms up, give it more")
 
 
+def takes_toy_person(model, adapter_file, lora):
+    """Whether the references are an unseen toy person's, if none are given."""
+    is_tiny = Path(model).resolve() == TINY.resolve()
+    return is_tiny and adapter_file is not None and not lora
+
+
 def find_references(model, refs, adapter_file, lora, seed, size):
     """The reference pictures, none for text only, and the scene of an unseen toy person or None."""
     if refs:
         return [load_image(path) for path in refs], None
-    is_tiny = Path(model).resolve() == TINY.resolve()
-    if adapter_file and is_tiny and not lora:
+    if takes_toy_person(model, adapter_file, lora):
         return draw_unseen_person(seed, size)
     return [], None
 
@@ -160,7 +168,10 @@ def main():
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     adapter_file = find_adapter(args.model, args.adapter)
-    image_encoder = args.image_encoder or (adapter_file and find_beside(adapter_file))
+    image_encoder = args.image_encoder or False  # text alone does not need it
+    has_references = args.refs or takes_toy_person(args.model, adapter_file, args.lora)
+    if has_references and not args.image_encoder:
+        image_encoder = adapter_file and find_beside(adapter_file)
     sd = load_model(args.model, device, precision, image_encoder, args.lora)
     references, scene = find_references(args.model, args.refs, adapter_file, args.lora, args.seed,
                                         sd.image_size)
@@ -176,6 +187,7 @@ def main():
         c_i = c_i.expand(args.n, -1, -1)
     c_t = sd.encode_prompts([prompt]).expand(args.n, -1, -1)
     null_c_t = sd.encode_prompts([args.negative])
+    sd.text_encoder = sd.image_encoder = None  # no longer needed: room for pictures
 
     # From noise to pictures.
     check_writable(args.out.parent)  # before the work, not after it
