@@ -144,13 +144,23 @@ def takes_toy_person(model, adapter_file, lora):
     return is_tiny and adapter_file is not None and not lora
 
 
-def find_references(model, refs, adapter_file, lora, seed, size):
-    """The reference pictures, none for text only, and the scene of an unseen toy person or None."""
-    if refs:
-        return [load_image(path) for path in refs], None
-    if takes_toy_person(model, adapter_file, lora):
-        return draw_unseen_person(seed, size)
-    return [], None
+def choose_image_encoder(args, adapter_file):
+    """The one to load: named, or beside the adapter, or None: in the model; False: none is needed."""
+    if args.image_encoder:
+        return args.image_encoder
+    if args.refs or takes_toy_person(args.model, adapter_file, args.lora):
+        return adapter_file and find_beside(adapter_file)
+    return False
+
+
+def find_references(args, adapter_file, size):
+    """The reference pictures, none for text only, and the prompt: --prompt, or a toy person's scene."""
+    if args.refs:
+        return [load_image(path) for path in args.refs], args.prompt
+    if not takes_toy_person(args.model, adapter_file, args.lora):
+        return [], args.prompt
+    references, scene = draw_unseen_person(args.seed, size)
+    return references, scene if args.prompt is None else args.prompt
 
 
 def check_request(args, references, prompt, adapter_file):
@@ -168,14 +178,9 @@ def main():
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     adapter_file = find_adapter(args.model, args.adapter)
-    image_encoder = args.image_encoder or False  # text alone does not need it
-    has_references = args.refs or takes_toy_person(args.model, adapter_file, args.lora)
-    if has_references and not args.image_encoder:
-        image_encoder = adapter_file and find_beside(adapter_file)
+    image_encoder = choose_image_encoder(args, adapter_file)
     sd = load_model(args.model, device, precision, image_encoder, args.lora)
-    references, scene = find_references(args.model, args.refs, adapter_file, args.lora, args.seed,
-                                        sd.image_size)
-    prompt = scene if args.prompt is None else args.prompt
+    references, prompt = find_references(args, adapter_file, sd.image_size)
     check_request(args, references, prompt, adapter_file)
 
     # The conditions: image tokens, the prompt's tokens, and those of "no condition".

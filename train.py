@@ -205,16 +205,8 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     learned, held_out = load_people(data, sd.image_size, people)
     shots = [photo for person in learned + held_out for photo in person.photos]
     photos = digest_bytes([(shot.key, shot.prompt) for shot in shots])
-    # First the encoders are on the device, then the UNet: never both.
-    dtype = frozen_dtype(sd.unet, options.precision)
-    for network in (sd.vae, sd.text_encoder, sd.image_encoder):
-        move(network, device, dtype)
-    with autocast(device, options.precision), first_alone():
-        features = Features(sd, learned, encoders)
-        held = Features(sd, held_out, encoders)
-    vae = sd.vae.cpu()
-    sd.vae = sd.text_encoder = sd.image_encoder = None
-    move(sd.unet, device, dtype)
+    vae = sd.vae
+    features, held = encode_people(sd, learned, held_out, encoders, options)
     sd.unet.gradient_checkpointing = options.checkpointing
     task = adapter_task("adapter", sd, adapter, features, held, device)
     rows = fit(task, out, options, dict(agg=agg, people=people, base=base, photos=photos))
@@ -231,6 +223,21 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     sd.vae = vae.to(device)
     save_samples(sd, adapter, held, out / "samples.png", options)
     print(f"peak memory {peak_memory(device):.2f} GB")
+
+
+def encode_people(sd, learned, held_out, encoders, options):
+    """The frozen features of both; first the encoders are on the device, then the UNet: never both."""
+    device = options.device
+    dtype = frozen_dtype(sd.unet, options.precision)
+    for network in (sd.vae, sd.text_encoder, sd.image_encoder):
+        move(network, device, dtype)
+    with autocast(device, options.precision), first_alone():
+        features = Features(sd, learned, encoders)
+        held = Features(sd, held_out, encoders)
+    sd.vae.cpu()
+    sd.vae = sd.text_encoder = sd.image_encoder = None
+    move(sd.unet, device, dtype)
+    return features, held
 
 
 @torch.inference_mode()
