@@ -279,6 +279,14 @@ def test_eq1_removed_photo_is_uniform_and_references_are_bootstrapped():
     assert all(len(set(row.tolist())) == 3 for row in references)
 
 
+def test_eq1_of_more_than_n_photos_a_random_n_take_part():
+    target, references = leave_one_out([torch.arange(15)], 300, torch.Generator().manual_seed(0), n=4)
+    assert references.shape == (300, 3)
+    assert set(target.tolist()) == set(references.flatten().tolist()) == set(range(15))
+    rows = torch.cat([target[:, None], references], dim=1).tolist()
+    assert all(len(set(row)) == 4 for row in rows)
+
+
 def test_leave_one_out_needs_two_photos():
     with pytest.raises(ValueError, match="two photos"):
         leave_one_out([torch.arange(1)], 4, torch.Generator())

@@ -265,6 +265,31 @@ def test_ddpm_with_fewer_steps_parity_with_diffusers(steps):
         x = reference.step(curved_model(x, t), t, x, generator=generator).prev_sample
 
 
+def test_ddim_is_its_formula_stride_by_stride():
+    schedule = Schedule.stable_diffusion(10)
+    alpha_bar = schedule.alpha_bar
+    told = []
+
+    def eps_fn(x_t, t):
+        told.append(t)
+        return curved_model(x_t, t)
+
+    expected = randn(2, 3)
+    for t, s in ((7, 4), (4, 1), (1, 0)):
+        eps_hat = curved_model(expected, t)
+        x_0 = (expected - (1 - alpha_bar[t]).sqrt() * eps_hat) / alpha_bar[t].sqrt()
+        expected = alpha_bar[s].sqrt() * x_0 + (1 - alpha_bar[s]).sqrt() * eps_hat
+    close(ddpm.sample_ddim(eps_fn, randn(2, 3), schedule, 3), expected)
+    assert told == [7, 4, 1]
+
+
+def test_ddim_of_a_model_that_knows_x0_ends_one_step_noisy():
+    x_0, eps = randn(2, 3), randn(2, 3, seed=1)
+    for steps in (1, 7, 50):
+        start = q_sample(x_0, ddpm.leading(1000, steps)[-1], eps, SD)
+        close(ddpm.sample_ddim(oracle(x_0), start, SD, steps), q_sample(x_0, 0, eps, SD), 1e-9)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 50, 999])
 def test_ddim_trajectory_parity_with_diffusers(steps):
     diffusers = pytest.importorskip("diffusers")

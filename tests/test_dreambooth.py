@@ -99,6 +99,34 @@ def test_x_form_with_w_t_equals_eps_form_in_values_and_gradients():
     torch.testing.assert_close(*results, rtol=1e-12, atol=0)
 
 
+def prior_loss(n, n_pr, prior_weight):
+    """The loss of n photos and n_pr class pictures for a model ε̂ = (mean of the prompt)·z_t, and both
+    squared errors, number by number."""
+    z_0, z_pr = randn(n, 2, 4, 4), randn(n_pr, 2, 4, 4, seed=1)
+    c, c_pr = randn(1, 5, 6, seed=3), randn(1, 5, 6, seed=4)
+    eps, t = randn(n + n_pr, 2, 4, 4, seed=2), torch.arange(n + n_pr) * 190
+
+    def unet(z_t, t, c_t):
+        return c_t.mean(dim=(1, 2))[:, None, None, None] * z_t
+
+    z_t = q_sample(torch.cat([z_0, z_pr]), t, eps, SCHEDULE)
+    person = (eps[:n] - c.mean() * z_t[:n]).square()
+    prior = (eps[n:] - c_pr.mean() * z_t[n:]).square()
+    loss = dreambooth.prior_preservation_loss(
+        unet, z_0, z_pr, t, eps, c, c_pr, SCHEDULE, prior_weight)
+    return loss, person, prior
+
+
+def test_prior_preservation_is_a_mean_over_photos_and_lambda_times_one_over_class_pictures():
+    loss, person, prior = prior_loss(3, 2, 0.3)
+    torch.testing.assert_close(loss, person.mean() + 0.3 * prior.mean(), rtol=1e-11, atol=0)
+
+
+def test_prior_preservation_without_class_pictures_is_the_loss_of_the_photos():
+    loss, person, _ = prior_loss(3, 0, 0.3)
+    torch.testing.assert_close(loss, person.mean(), rtol=1e-11, atol=0)
+
+
 def test_prior_preservation_is_two_eps_losses_in_one_batch(unet, batch):
     z_0, z_pr, t, eps, c, c_pr = batch
     calls = []

@@ -186,6 +186,30 @@ def test_eq1_is_the_mean_square_of_the_noise_left(unet, inputs):
     close(squares.sum(), total)
 
 
+def test_eq1_model_reads_the_noised_latent_and_is_compared_with_the_noise():
+    schedule = Schedule.stable_diffusion()
+    z_0, eps, t = randn(B, 4, 8, 8), randn(B, 4, 8, 8, seed=5), torch.tensor([3, 700])
+    tokens = randn(B, L, D, seed=1), randn(B, 4, D, seed=2)
+    z_t = q_sample(z_0, t, eps, schedule)
+
+    def unet(seen_z, seen_t, c_t, c_i):
+        close(seen_z, z_t)
+        assert torch.equal(seen_t, t)
+        assert torch.equal(c_t, tokens[0]) and torch.equal(c_i, tokens[1])
+        return 0.3 * z_t
+
+    squares = noise_error(unet, z_0, t, eps, *tokens, schedule)
+    close(squares, (eps - 0.3 * z_t) ** 2)
+    close(adapter_loss(unet, z_0, t, eps, *tokens, schedule), ((eps - 0.3 * z_t) ** 2).mean())
+
+
+def test_eq1_is_a_mean_not_a_sum():
+    for n in (1, 5):
+        eps, t = randn(n, 4, 8, 8), torch.arange(n)
+        loss = adapter_loss(lambda *_: eps + 3, eps, t, eps, None, None, Schedule.ddpm())
+        close(loss, torch.tensor(9.0, dtype=torch.float64))
+
+
 def test_dropped_image_is_a_zero_embedding_before_the_projection(unet):
     embeds, mask = randn(B, N, E), torch.tensor([True, False])
     dropped = drop_embeds(embeds, mask)

@@ -44,6 +44,21 @@ def test_eq4_commuting_covariances_are_distances_of_standard_deviations():
     assert frechet_distance(m, Q @ (a**2).diag() @ Q.T, m, Q @ (b**2).diag() @ Q.T) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("distance", [textbook_frechet_distance, frechet_distance])
+def test_eq4_in_one_dimension_is_a_distance_of_means_and_standard_deviations(distance):
+    mu_p, mu_q = np.array([1.0]), np.array([-2.0])
+    sigma_p, sigma_q = np.array([[4.0]]), np.array([[25.0]])
+    value = distance(mu_p, sigma_p, mu_q, sigma_q)
+    assert value == pytest.approx(3**2 + (2 - 5) ** 2, rel=1e-12)
+
+
+def test_eq4_textbook_form_of_commuting_covariances():
+    Q = torch.linalg.qr(randn(6, 6))[0].numpy()
+    a, b, mean = np.arange(1.0, 7), np.array([3.0, 1, 4, 1, 5, 9]), np.arange(6.0)
+    value = textbook_frechet_distance(mean, Q @ np.diag(a**2) @ Q.T, 0 * mean, Q @ np.diag(b**2) @ Q.T)
+    assert value == pytest.approx((mean**2).sum() + ((a - b) ** 2).sum(), rel=1e-12)
+
+
 @pytest.mark.parametrize("d", [2, 24])
 def test_eq4_is_the_textbook_formula(d):
     p, q = Gaussian(skewed(300, d, 1)), Gaussian(skewed(200, d, 2))
@@ -180,6 +195,12 @@ def test_eq5_does_not_depend_on_the_order_but_splits_depend_on_the_seed():
     assert inception_score(p.flip(0)) == pytest.approx(inception_score(p, seed=7), rel=1e-12)
     assert inception_score(p, splits=4) == inception_score(p, splits=4)
     assert abs(inception_score(p, splits=4, seed=1) - inception_score(p, splits=4, seed=2)) > 1e-4
+
+
+def test_eq5_every_split_has_its_own_marginal():
+    certain = torch.eye(8)
+    assert inception_score(certain, splits=8) == pytest.approx(1, rel=1e-12)  # one picture a split
+    assert inception_score(certain, "uniform", splits=8) == pytest.approx(8, rel=1e-12)
 
 
 def test_eq5_agrees_with_torch_fidelity():

@@ -1,0 +1,1 @@
+"""The course: exercises that the tests of the paper's equations grade."""
