@@ -32,7 +32,7 @@ class Judges:
         self.compares_text = sd.text_encoder.config.hidden_size == width
         people = range(len(plan.subjects))
         photos = [plan.photo_files(p) for p in people]
-        self.references = self.read([files["references"][0] for files in photos])
+        self.references = self.read([files["references"][0] for files in photos], ("CLIP", "faces"))
         self.held = self.read([files["real"][0] for files in photos])
 
     @property
@@ -59,7 +59,7 @@ class Judges:
         return text
 
     @torch.inference_mode()
-    def read(self, files):
+    def read(self, files, judges=("quality", "CLIP", "faces")):
         """What the judges see in pictures: {name: a tensor a person}. files: a list a person.
 
         features (n_p, d), probs (n_p, K), embeds (n_p, E), with faces also faces (n_p, 128).
@@ -71,11 +71,13 @@ class Judges:
         for start in tqdm(starts, f"judging {flat[0].parts[-3]}", leave=False):
             pixels = to_tensor(read_pictures(flat[start : start + batch]))
             images = pixels.to(self.plan.settings.device)
-            features, probs = self.quality.read(self.quality.resize(images))
-            found["features"].append(features.cpu())
-            found["probs"].append(probs.cpu())
-            found["embeds"].append(self.sd.embed_images(images).float().cpu())
-            if self.faces:
+            if "quality" in judges:
+                features, probs = self.quality.read(self.quality.resize(images))
+                found["features"].append(features.cpu())
+                found["probs"].append(probs.cpu())
+            if "CLIP" in judges:
+                found["embeds"].append(self.sd.embed_images(images).float().cpu())
+            if "faces" in judges and self.faces:
                 faces, _ = self.faces.read(self.faces.resize(images))
                 found["faces"].append(faces.cpu())
         counts = [len(some) for some in files]
