@@ -6,30 +6,29 @@
 
 μ and Σ (divided by n − 1) are those of the features of a judge: anything with .name,
 .resize(images) and .read(images) -> features, p(y|x). For photographs that is Inception v3 with the
-weights of the official FID, for the toy world FeatureNet (toyfaces/judge.py). Every table names its
-judge; numbers of different judges, resizes or numbers of pictures cannot be compared.
+weights of the official FID, for the toy world FeatureNet (toyfaces/judge.py), for faces
+MobileFaceNet, which has no classes: its p(y|x) is None. Every table names its judges; numbers of
+different judges, resizes or numbers of pictures cannot be compared.
 
 Where we deviate: the paper takes p(y) uniform over the classes, everybody else the mean of p(y|x).
 Both are computed and named. Features are float32, all statistics float64.
 
     python metrics.py REAL_DIR GENERATED_DIR
+    python metrics.py REAL_DIR GENERATED_DIR --faces mobilefacenet.pt    DIR/<person>/*: who is it?
 """
-
-from collections import Counter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.linalg import LinAlgError, cholesky, sqrtm
 from scipy.linalg.blas import dtrmm
-from tqdm import tqdm
 
 from support.clip_judge import ClipJudge
 from support.devices import pick_device
+from support.folders import read_folder, read_people, require_same_people
 from support.inception import InceptionV3
-from support.judges import load_judge
-from support.pictures import picture_files, to_tensor
+from support.judges import load_face_judge, load_judge
+from support.pictures import picture_files
 from support.program import make_parser, require_at_least, run
 
 EPS = np.finfo(np.float64).eps
@@ -247,40 +246,73 @@ def compare_embeddings(made, references, held, target=None):
     return identity.flatten(), (nearest - identity).flatten()
 
 
-# ---------------------------------------------------------------- folders
+# ---------------------------------------------------------------- identity by faces
+#
+# Lists have one entry a person; people may have different numbers of pictures.
 
-@torch.inference_mode()
-def read_folder(folder, judge, batch=32, device="cpu"):
-    """Folder -> features (n, d), p(y|x) (n, K) of its pictures, or of those of its folders (LFW).
+def compare_people(made, held):
+    """Mean cosine of every picture to the held-out photos of every person.
 
-    Each is resized on its own and made RGB by Pillow. ValueError: no folder, no pictures, one that
-    cannot be read (named), features not finite.
+    made: P tensors (n_p, E), features of n_p pictures of person p; held: P tensors (m_p, E).
+    Returns P tensors (n_p, P), of which column p is about the right person. ValueError: the lists
+    have different lengths.
     """
-    files = picture_files(folder, "*", "*/*")
-    modes, sizes = Counter(), Counter()
-    features, probs = [], []
-    for start in tqdm(range(0, len(files), batch), f"{folder}", leave=False):
-        images = []
-        for file in files[start : start + batch]:
-            try:
-                with Image.open(file) as picture:
-                    pixels = to_tensor([picture.convert("RGB")]).to(device)
-                    modes[picture.mode] += 1
-                    sizes[picture.size] += 1
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{file}: not a readable picture ({error})") from None
-            images.append(judge.resize(pixels))
-        answers = judge.read(torch.cat(images))
-        features.append(answers[0].cpu())
-        probs.append(answers[1].cpu())
-    features, probs = torch.cat(features), torch.cat(probs)
-    if not (features.isfinite().all() and probs.isfinite().all()):
-        raise ValueError(f"{folder}: {judge.name} gives features that are not finite")
-    if len(sizes) > 1 or list(modes) != ["RGB"]:
-        kinds = f"{len(sizes)} different sizes, modes {', '.join(modes)}"
-        print(f"note: {folder}: {kinds}; all converted to RGB, resized")
-    return features, probs
+    if len(made) != len(held):
+        raise ValueError(f"pictures of {len(made)} people, held-out photos of {len(held)}")
+    # A mean of cosines is the product with the mean of the unit vectors.
+    means = torch.stack([F.normalize(photos, dim=1).mean(0) for photos in held])
+    return [F.normalize(pictures, dim=1) @ means.T for pictures in made]  # (n_p, E) x (E, P)
 
+
+def compare_real_people(held):
+    """`compare_people` of the held-out photos themselves, each with the *others* of its person.
+
+    Somebody's only photo has no others and is left out: (0, P) for this person.
+    """
+    cosines = compare_people(held, held)
+    for p, rows in enumerate(cosines):
+        m = len(rows)
+        if m == 1:
+            cosines[p] = rows[:0]
+        else:
+            rows[:, p] = (m * rows[:, p] - 1) / (m - 1)  # 1 is the cosine to itself
+    return cosines
+
+
+def face_identity(cosines):
+    """Mean cosine to the right person's held-out photos: P tensors (n_p, P) -> P tensors (n_p,)."""
+    return [rows[:, p] for p, rows in enumerate(cosines)]
+
+
+def rank_one(cosines):
+    """1 where the right person is the nearest of all, else 0: P tensors (n_p, P) -> P (n_p,)."""
+    return [(rows.argmax(1) == p).float() for p, rows in enumerate(cosines)]
+
+
+def nearest_reference(made, references):
+    """Cosine to the person's nearest reference: P tensors (n_p, E) and (N_p, E) -> P (n_p,)."""
+    values = []
+    for pictures, photos in zip(made, references, strict=True):
+        cosines = F.normalize(pictures, dim=1) @ F.normalize(photos, dim=1).T
+        values.append(cosines.amax(1))
+    return values
+
+
+def face_copying(nearest, identity):
+    """Copying = nearest reference − identity: how much more like one photo than like the person.
+
+    P tensors (n_p,) each; of somebody's only photo (1,) − (0,) leaves (0,).
+    """
+    return [one - other for one, other in zip(nearest, identity, strict=True)]
+
+
+def mean_over_people(values):
+    """P tensors (n_p,) -> the mean over people of their means: more photos do not count more."""
+    means = [value.mean() for value in values if len(value)]
+    return float(torch.stack(means).mean()) if means else float("nan")
+
+
+# ---------------------------------------------------------------- folders
 
 def score_clip(clip, real, generated, references=None, prompt=None):
     """{name: number} of one person's folders by a ClipJudge: mean cosines of the made pictures.
@@ -317,7 +349,39 @@ def score_folders(real, generated, judge, batch, device, splits, seed):
     return rows
 
 
-def main():
+def score_faces(judge, real, generated, references=None, batch=32, device="cpu"):
+    """{name: number} of folders of people: identity, rank-1, with references copying, distance.
+
+    Beside the generated pictures: real photos, each with the others of its person, and strangers,
+    the photos of the next person. ValueError if the folders do not hold the same people.
+    """
+    folders = [real, generated]
+    if references:
+        folders.append(references)
+    require_same_people(folders)
+    people = [read_people(folder, judge, batch, device) for folder in folders]
+    held = people[0]
+    made = people[1]
+    kinds = {"": (made, compare_people(made, held))}
+    kinds[", real photos"] = (held, compare_real_people(held))
+    if len(held) > 1:
+        strangers = held[1:] + held[:1]
+        kinds[", strangers"] = (strangers, compare_people(strangers, held))
+    rows = {}
+    for kind, (pictures, cosines) in kinds.items():
+        identity = face_identity(cosines)
+        rows["identity" + kind] = mean_over_people(identity)
+        if references:
+            nearest = nearest_reference(pictures, people[2])
+            rows["copying" + kind] = mean_over_people(face_copying(nearest, identity))
+        if len(held) > 1:
+            rows["rank-1" + kind] = mean_over_people(rank_one(cosines))
+    rows["face distance (Fréchet)"] = fid(torch.cat(held), torch.cat(made))
+    print(f"faces: {judge.name}; {len(held)} people")
+    return rows
+
+
+def parse_arguments():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("real", metavar="REAL_DIR", help="folder of real pictures")
@@ -325,10 +389,14 @@ def main():
     add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid, "
         "or toy: FeatureNet (default: from torch.hub or, without a network, toy)")
     add("--resize", choices=InceptionV3.RESIZE, default="pytorch-fid", help="to 299 x 299, as whose")
+    add("--faces", metavar="FILE", help="mobilefacenet.pt of foamliu/MobileFaceNet: adds identity, "
+        "rank-1 and copying of people with a folder of the same name in each of the folders")
+    add("--face-box", help="with --faces: where the face lies; deep-funneled (photos of LFW), or "
+        "left,top,right,bottom in fractions of the picture (default: whole)")
     add("--clip", help="folder or hub id of a CLIP (openai/clip-vit-large-patch14): adds cosines of "
         "one person's pictures to REAL_DIR (CLIP-I), to --prompt (CLIP-T), to --references (copy)")
     add("--prompt", help="with --clip: what all generated pictures should show")
-    add("--references", help="with --clip: folder of the photos that the method was given")
+    add("--references", help="with --clip, --faces: folder of the photos the method was given")
     add("--splits", type=int, default=1, help="IS: mean over so many parts (torch-fidelity: 10)")
     add("--batch", type=int, default=32, help="pictures at once")
     add("--seed", type=int, default=2020, help="of the shuffle before the splits")
@@ -336,14 +404,27 @@ def main():
     args = parser.parse_args()
 
     require_at_least(1, args, "batch", "splits")
-    if (args.prompt or args.references) and not args.clip:
-        raise ValueError("--prompt and --references need --clip, a CLIP to compare with")
+    if args.prompt and not args.clip:
+        raise ValueError("--prompt needs --clip, a CLIP to compare with")
+    if args.references and not (args.clip or args.faces):
+        raise ValueError("--references needs --clip or --faces to compare with")
+    if args.face_box and not args.faces:
+        raise ValueError("--face-box needs --faces, the file of a face recogniser")
+    return args
+
+
+def main():
+    args = parse_arguments()
     device = pick_device(args.device)
     cosines = {}
     if args.clip:  # first: a wrong name must not cost the rest
         clip = ClipJudge(args.clip, device, args.batch)
         cosines = score_clip(clip, args.real, args.generated, args.references, args.prompt)
         print(f"CLIP: {args.clip}")
+    if args.faces:
+        judge = load_face_judge(args.faces, args.face_box, device)
+        folders = (args.real, args.generated, args.references)
+        cosines |= score_faces(judge, *folders, args.batch, device)
     judge = load_judge(args.inception, args.resize, device)
     rows = score_folders(args.real, args.generated, judge, args.batch, device, args.splits, args.seed)
     rows |= cosines

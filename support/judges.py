@@ -1,6 +1,14 @@
-"""Which judge looks at pictures."""
+"""Which judges look at pictures. A judge has .name, .resize(images) and .read(images).
+
+| judge | pictures | features for | classes |
+|---|---|---|---|
+| `InceptionV3` | any photographs | FID, KID, IS | 1008 of ImageNet |
+| `FeatureNet` | drawn people | FID, KID, IS; shares of right attributes | hair style × colour |
+| `MobileFaceNet` | faces in photographs | identity, rank-1, copying, distance of faces | none |
+"""
 
 from support.checkpoints import TINY
+from support.face_net import MobileFaceNet, parse_box
 from support.inception import InceptionV3, find_weights
 from toyfaces.judge import FeatureNet
 
@@ -16,3 +24,11 @@ def load_judge(weights=None, resize="pytorch-fid", device="cpu"):
     if weights == "toy":
         return FeatureNet.load(TINY / "feature_net").to(device)
     return InceptionV3(weights, resize).to(device)
+
+
+def load_face_judge(weights, box=None, device="cpu"):
+    """The judge of faces. ValueError for a file or a box that is none.
+
+    weights: mobilefacenet.pt; box: words for `parse_box`, None: the whole picture.
+    """
+    return MobileFaceNet(weights, parse_box(box or "whole")).to(device)

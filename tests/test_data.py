@@ -2,6 +2,7 @@
 
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,22 +85,30 @@ def test_split_is_two_to_one_and_disjoint():
     assert names(seed=4)[0] != train
 
 
-def find_sources(people):
-    """What the pictures of people come from: (seed, number) of a drawn person, or the photo's file."""
-    keys = [photo.key for person in people for photo in person.photos]
-    return {key[2:4] if key[0] == "toy" else key[0] for key in keys}
+def test_no_drawn_person_or_picture_is_in_two_parts():
+    """What the base model, the adapters, their validation and the tables see: all of it differs."""
+    learned, held = load_people("toy", 64, count=4)
+    parts = [ToyFaces(4, seed=0).people, learned, held, ToyFaces(104, seed=2).people[100:]]
+    looks = set()
+    pictures = set()
+    for person in sum(parts, []):
+        labels = person.photos[0].labels
+        looks.add(tuple(labels[name] for name in IDENTITY))
+        pictures |= {photo.image.tobytes() for photo in person.photos[:3]}
+    assert len(looks) == 16
+    assert len(pictures) == 16 * 3
 
 
-def test_nobody_is_in_training_and_held_out_at_once(photo_folder):
-    train, held = load_people("toy", 64, count=30)
-    assert find_sources(train) == {(1, p) for p in range(30)}
-    assert find_sources(held) == {(2, p) for p in range(30)}
+def test_no_photo_of_a_folder_is_in_training_and_held_out_at_once(photo_folder):
+    def read_files(people):
+        return [Path(photo.key[0]).read_bytes() for person in people for photo in person.photos]
 
-    train, held = load_people(photo_folder, 64)
-    assert len(find_sources(train)) + len(find_sources(held)) == 2 + 3 + 4 + 2
-    assert train and held
-    assert not find_sources(train) & find_sources(held)
-    assert not {person.name for person in train} & {person.name for person in held}
+    learned, held = [read_files(people) for people in load_people(photo_folder, 64)]
+    assert learned and held
+    assert not set(learned) & set(held)
+    files = [file.read_bytes() for file in photo_folder.glob("*/*.jpg")]
+    alone = 2  # people with a single photo
+    assert len(learned) + len(held) == len(files) - alone
 
 
 # ---------------------------------------------------------------- features

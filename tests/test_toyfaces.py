@@ -1,6 +1,7 @@
 """toyfaces/: drawings show and hide what they say, captions and judge name what can be seen."""
 
 import hashlib
+from itertools import combinations
 
 import numpy as np
 import PIL
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from toyfaces.captions import write_caption, write_prompt
-from toyfaces.drawing import HIDES, IDENTITY, SCENE, VERSION, draw_face, visible_attributes
+from toyfaces.drawing import (ATTRIBUTES, HIDES, IDENTITY, SCENE, VERSION, draw_face,
+                              visible_attributes)
 from toyfaces.judge import FeatureNet, augment, grade, label_tensors, masked_cross_entropy
 
 PLAIN = {name: 0 for name in IDENTITY}
@@ -34,14 +36,49 @@ def test_every_attribute_shows(name):
             assert np.abs(seen[i] - seen[j]).max() > 25, (words[i], words[j])
 
 
-@pytest.mark.parametrize("accessory, name", [(a, n) for a, hidden in HIDES.items() for n in hidden])
-def test_accessories_hide_what_they_say(accessory, name):
-    def measure_change(accessory):
-        scene = {**SCENE_0, "accessory": SCENE["accessory"].index(accessory)}
-        other = draw_pixels(PLAIN, {**scene, name: 1})
-        return np.abs(draw_pixels(PLAIN, scene) - other).sum()
+SHOWS = 2500  # grey levels of all pixels together; a mole changes a bare face by about 3,600
 
-    assert measure_change(accessory) < 0.25 * measure_change("none")
+
+@pytest.fixture(scope="module")
+def faces():
+    """Eight random faces {attribute: class number}: every beard and every expression twice."""
+    rng = np.random.default_rng(1)
+    drawn = []
+    for k in range(8):
+        face = {name: int(rng.integers(len(words))) for name, words in ATTRIBUTES.items()}
+        drawn.append({**face, "beard": k % 4, "expression": (k + k // 4) % 4})
+    return drawn
+
+
+def is_exception(name, face, pair):
+    """What drawing.py says of `HIDES`: whether a part of this attribute still shows."""
+    if name == "hair_colour":
+        return face["beard"] != IDENTITY["beard"].index("no")
+    if name == "expression":
+        return pair != {"smiling", "serious"}
+    if name in ("brows", "spacing"):
+        return face["expression"] == SCENE["expression"].index("surprised")
+    return False
+
+
+def measure_changes(face, accessory, name):
+    """Yields {a, b} and the change of the picture for every pair of words of an attribute."""
+    worn = {**face, "accessory": SCENE["accessory"].index(accessory)}
+    words = ATTRIBUTES[name]
+    drawn = [draw_pixels({**worn, name: number}, {}) for number in range(len(words))]
+    for i, j in combinations(range(len(words)), 2):
+        yield {words[i], words[j]}, np.abs(drawn[i] - drawn[j]).sum()
+
+
+@pytest.mark.parametrize("accessory, name", [(a, n) for a, hidden in HIDES.items() for n in hidden])
+def test_accessories_hide_what_they_say_but_for_the_exceptions(faces, accessory, name):
+    hidden = []
+    shown = []
+    for face in faces:
+        for pair, change in measure_changes(face, accessory, name):
+            (shown if is_exception(name, face, pair) else hidden).append(change)
+    assert hidden and max(hidden) < SHOWS
+    assert not shown or np.median(shown) > SHOWS  # an exception that is none has no place there
 
 
 # VERSION -> {words of the picture: first 16 hex digits of the SHA-256 of its bytes}.

@@ -5,7 +5,8 @@ hair style × hair colour give IS. And because a drawing knows the truth, it mea
 cannot (`grade`): identity, the share of the person's attributes that are right, and prompt, the
 share of the scene's.
 
-An attribute that the accessory hides is never asked for, neither in training nor in grading.
+An attribute that the accessory hides (`HIDES`) is never asked for, neither in training nor in
+grading, also where a part of it still shows: there FeatureNet would be wrong, not the picture.
 """
 
 from pathlib import Path
