@@ -34,6 +34,7 @@ from ddpm import lookup, q_sample
 from ip_adapter import generate
 from support.checkpoints import read_safetensors
 from support.devices import autocast_dtype, device_of
+from support.distributed import first_alone
 from support.files import digest, save_tensors
 from support.pictures import load_image, save_image, to_images, to_tensor
 
@@ -120,6 +121,7 @@ def prior_preservation_loss(unet, z_0, z_pr, t, eps, c, c_pr, schedule, prior_we
 
 # ---------------------------------------------------------------- class pictures
 
+@first_alone()
 def make_class_images(sd, prompt, out, count, seed=0, steps=30, batch=8):
     """x_pr = x̂(z, c_pr),   z ~ N(0, I)   (section 3.2)
 

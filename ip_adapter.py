@@ -185,6 +185,35 @@ def drop_conditions(c_t, embeds, null_c_t, p=0.05, generator=None):
     return c_t, drop_embeds(embeds, drop_image)
 
 
+def draw_t_and_eps(sd, z_0, generator):
+    """t ~ U{0…T−1} (B,) and ε ~ N(0, I) (B, C, H, W), on the device of z_0."""
+    t = torch.randint(len(sd.schedule.beta), (len(z_0),), generator=generator)
+    eps = torch.randn(z_0.shape, generator=generator)
+    return t.to(z_0.device), eps.to(z_0)
+
+
+def validate_eq1(sd, batches):
+    """Eq. 1 with the same t and ε at every call: {"validation": mean, "t 0-249": of a band, …}.
+
+    batches: of (z_0, c_t, c_i). The mean hides where learning happens, so it is given for each
+    quarter of the time steps as well.
+    """
+    generator = torch.Generator().manual_seed(1)
+    times, errors = [], []
+    for z_0, c_t, c_i in batches:
+        t, eps = draw_t_and_eps(sd, z_0, generator)
+        error = noise_error(sd.unet, z_0, t, eps, c_t, c_i, sd.schedule)
+        times.append(t)
+        errors.append(error.mean(dim=(1, 2, 3)))  # (B,)
+    times, errors = torch.cat(times), torch.cat(errors)
+    values = {"validation": errors.mean().item()}
+    T = len(sd.schedule.beta)
+    for k in range(4):
+        inside = times * 4 // T == k
+        values[f"t {k * T // 4}-{(k + 1) * T // 4 - 1}"] = errors[inside].mean().item()
+    return values
+
+
 # ---------------------------------------------------------------- pictures
 
 def make_guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w=4.0, lam=1.0):

@@ -8,8 +8,9 @@
     python train.py --method dreambooth --images DIR --noun man
 
 A `Task` says what trains and what its loss is; `fit` is the loop for all of them. Every random
-number of step k comes from a generator seeded with (seed, k): a step depends on nothing before it
-but the weights and the optimiser: --resume continues bit for bit (same machine, same threads).
+number of step k comes from generators seeded with (seed, k, number of the batch): a step depends on
+nothing before it but the weights and the optimiser. So --resume continues bit for bit (same machine,
+same threads), and the processes of torchrun, which share out the batches of --accumulate, agree.
 """
 
 import math
@@ -26,9 +27,12 @@ from aggregators import AGGREGATORS
 from data import Features, digest_encoders, leave_one_out, load_people
 from dreambooth import (DreamBooth, add_lora, check_identifier, encode_files, make_class_images,
                         prior_preservation_loss, save_lora, write_prompts)
-from ip_adapter import IPAdapter, adapter_loss, drop_conditions, generate, noise_error
+from ip_adapter import (IPAdapter, adapter_loss, draw_t_and_eps, drop_conditions, generate,
+                        validate_eq1)
 from support.checkpoints import ADAPTER, TINY, find_beside
 from support.devices import autocast, is_large, peak_memory, pick_device, pick_precision
+from support.distributed import (agree, begin_alike, first_alone, is_first, my_share, processes,
+                                 sum_gradients, sum_over_processes)
 from support.files import digest, digest_bytes, digest_file
 from support.history import History, report
 from support.pictures import picture_files, save_grid
@@ -89,6 +93,11 @@ def learning_rate(step, steps, peak, warm_up=100):
     return peak * rise * fall
 
 
+def seeded(seed, step, m):
+    """The generator of batch m of a step. It takes 32 bits: m·2³²/φ keeps all batches far apart."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step + m * 2_654_435_761)
+
+
 def fit(task, out, options, settings=None):
     """ε_θ* = argmin L(ε, ε_θ)   (eq. 2), by AdamW. Returns the log's rows (support/history.py).
 
@@ -102,21 +111,24 @@ def fit(task, out, options, settings=None):
     scaler = torch.amp.GradScaler(options.device.type, enabled=options.precision == "fp16")
     history = History(task, out, options, settings or {}, optimizer, scaler)
     first = history.start()
+    begin_alike(parameters, first)
     bar = tqdm(range(first, options.steps), task.name, initial=first, total=options.steps,
                mininterval=1, smoothing=0.05)
     with interruptible() as interrupted:
         for step in bar:
-            # Everything random in this step is drawn from (seed, step).
-            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options.steps, options.lr)
-            # Zero, loss, backward; the gradients of accumulated batches add up.
+            # Zero, loss, backward; of N processes each takes every N-th batch. Gradients add up.
             optimizer.zero_grad(set_to_none=True)
-            for _ in range(options.accumulate):
+            losses = torch.zeros(options.accumulate, dtype=torch.float64)
+            for m in my_share(options.accumulate):
                 with autocast(options.device, options.precision):
-                    loss = task.loss(options.batch, generator)
-                history.add_loss(loss, step)
+                    loss = task.loss(options.batch, seeded(options.seed, step, m))
+                losses[m] = loss.item()
                 scaler.scale(loss / options.accumulate).backward()
+            sum_over_processes(losses)
+            history.add_losses(losses, step)
+            sum_gradients(parameters)
             # Clip, step. With fp16 the scaler itself skips a step that overflows.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -124,40 +136,11 @@ def fit(task, out, options, settings=None):
                 history.check_finite("gradient", norm, step)
             scaler.step(optimizer)
             scaler.update()
-            history.end_step(step + 1, bar, interrupted)
+            history.end_step(step + 1, bar, lambda: agree(interrupted()))
     return history.rows
 
 
 # ---------------------------------------------------------------- the adapters
-
-def draw_t_and_eps(sd, z_0, generator):
-    """t ~ U{0…T−1} (B,) and ε ~ N(0, I) (B, C, H, W), on the device of z_0."""
-    t = torch.randint(len(sd.schedule.beta), (len(z_0),), generator=generator)
-    eps = torch.randn(z_0.shape, generator=generator)
-    return t.to(z_0.device), eps.to(z_0)
-
-
-def validate_eq1(sd, batches):
-    """Eq. 1 with the same t and ε at every call: {"validation": mean, "t 0-249": of a band, …}.
-
-    batches: of (z_0, c_t, c_i). The mean hides where learning happens, so it is given for each
-    quarter of the time steps as well.
-    """
-    generator = torch.Generator().manual_seed(1)
-    times, errors = [], []
-    for z_0, c_t, c_i in batches:
-        t, eps = draw_t_and_eps(sd, z_0, generator)
-        error = noise_error(sd.unet, z_0, t, eps, c_t, c_i, sd.schedule)
-        times.append(t)
-        errors.append(error.mean(dim=(1, 2, 3)))  # (B,)
-    times, errors = torch.cat(times), torch.cat(errors)
-    values = {"validation": errors.mean().item()}
-    T = len(sd.schedule.beta)
-    for k in range(4):
-        inside = times * 4 // T == k
-        values[f"t {k * T // 4}-{(k + 1) * T // 4 - 1}"] = errors[inside].mean().item()
-    return values
-
 
 def validation_batch(z_0):
     """64 for latents of 16 × 16, fewer for larger ones: about the same memory."""
@@ -220,7 +203,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     learned, held_out = load_people(data, sd.image_size, people)
     shots = [photo for person in learned + held_out for photo in person.photos]
     photos = digest_bytes([(shot.key, shot.prompt) for shot in shots])
-    with autocast(device, options.precision):
+    with autocast(device, options.precision), first_alone():
         features = Features(sd, learned)
         held = Features(sd, held_out)
     vae = sd.vae.cpu()  # the encoders' work is done: no room for them on a GPU
@@ -228,6 +211,8 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     sd.unet.gradient_checkpointing = options.checkpointing
     task = adapter_task("adapter", sd, adapter, features, held, device)
     rows = fit(task, out, options, dict(agg=agg, people=people, base=base, photos=photos))
+    if not is_first():
+        return
 
     # The adapter, with how it was made, and pictures.
     path = out / "ip-adapter.safetensors"
@@ -350,6 +335,8 @@ def train_dreambooth(out, options, method, model, images, identifier, noun):
             pictures = make_class_images(sd, texts[1], out, method.class_images, options.seed)
             z_pr = encode_files(sd, pictures, generator)
     rows = fine_tune(sd, texts, z_0, z_pr, out, options, method, settings)
+    if not is_first():
+        return
     written = out
     if method.lora is None:
         sd.save(out)
@@ -428,9 +415,11 @@ def check_arguments(args):
         raise ValueError(f"--lora {rule}")
 
 
+@processes()
 def main():
     args = parse_arguments()
     check_arguments(args)
+    my_share(args.accumulate)
     device = pick_device(args.device)
     options = Options(device, pick_precision(args.precision, device), args.steps, args.batch,
                       args.lr, args.accumulate, args.every, args.seed, args.resume,

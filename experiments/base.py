@@ -34,6 +34,7 @@ from data import Features, ToyFaces
 from ip_adapter import IPAdapter, adapter_loss
 from support.checkpoints import ADAPTER, TINY
 from support.devices import autocast, device_of, pick_device, pick_precision
+from support.distributed import processes, refuse_torchrun
 from support.files import load_or_compute
 from support.pictures import open_photos, to_bytes, to_tensor
 from support.program import add_device_arguments, make_parser, require_at_least, run
@@ -533,8 +534,10 @@ def parse_arguments():
     return parser.parse_args()
 
 
+@processes()
 def main():
     args = parse_arguments()
+    refuse_torchrun("experiments.base")
     require_at_least(1, args, "people", "steps", "accumulate", "every")
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)

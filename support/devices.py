@@ -8,6 +8,8 @@ from contextlib import nullcontext
 
 import torch
 
+from support.distributed import check_device
+
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
 
 
@@ -25,6 +27,7 @@ def pick_device(name):
         raise ValueError(f"no device {name!r} on this machine; {known}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # cuda:1: also the one to wait for and whose memory counts
+    check_device(device)
     return device
 
 

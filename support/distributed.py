@@ -64,7 +64,8 @@ def processes():
 @contextmanager
 def silence():
     """Inside, nothing is printed: no lines, bars or warnings."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    nowhere = open(os.devnull, "w")  # left open: bars outlive us
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
 
@@ -83,7 +84,7 @@ def check_device(device):
 
 def refuse_torchrun(program):
     """ValueError if torchrun started several of this program, which cannot share its work out."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         raise ValueError(f"{program} runs in one process: start it without torchrun")
 
 

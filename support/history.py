@@ -7,6 +7,7 @@ import time
 import torch
 
 from support.devices import autocast
+from support.distributed import is_first
 from support.files import write_text, write_whole
 from support.plots import plot_training
 
@@ -38,7 +39,7 @@ class History:
         """Take up the checkpoint if that is asked for. Returns the first step to make."""
         if self.options.resume and self.checkpoint.exists():
             return self.load()
-        if not self.options.resume:
+        if not self.options.resume and is_first():
             self.checkpoint.unlink(missing_ok=True)  # an older run's is not this one's
         self.validate(0)
         return 0
@@ -64,6 +65,8 @@ class History:
         return state["step"]
 
     def save(self, step):
+        if not is_first():
+            return
         state = dict(
             module=self.task.module.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -91,9 +94,10 @@ class History:
         self.rows.append({"step": step, "train": train, **values, "seconds": seconds})
         self.losses.clear()
 
-    def add_loss(self, loss, step):
-        self.check_finite("loss", loss, step)
-        self.losses.append(loss.item())
+    def add_losses(self, losses, step):
+        for loss in losses:
+            self.check_finite("loss", loss, step)
+            self.losses.append(loss.item())
 
     def check_finite(self, name, value, step):
         if not torch.isfinite(value):

@@ -228,7 +228,7 @@ def test_defaults_fill_only_what_is_not_given(monkeypatch):
 def test_bands_of_t_average_to_the_validation(monkeypatch):
     """The mean of the bands, weighted by their numbers of photos, is the validation."""
     draws = []
-    draw = train.draw_t_and_eps
+    draw = ip_adapter.draw_t_and_eps
 
     def remember(*args):
         draws.append(draw(*args))
@@ -238,17 +238,17 @@ def test_bands_of_t_average_to_the_validation(monkeypatch):
         eps = draws[-1][1]
         return eps + (t // 250)[:, None, None, None]
 
-    monkeypatch.setattr(train, "draw_t_and_eps", remember)
+    monkeypatch.setattr(ip_adapter, "draw_t_and_eps", remember)
     sd = SimpleNamespace(unet=unet, schedule=Schedule.stable_diffusion())
     batches = [(torch.zeros(n, 4, 2, 2), None, None) for n in (64, 64, 7)]
-    values = train.validate_eq1(sd, batches)
+    values = ip_adapter.validate_eq1(sd, batches)
     bands = [values[name] for name in ("t 0-249", "t 250-499", "t 500-749", "t 750-999")]
     assert bands == pytest.approx([0, 1, 4, 9], abs=1e-5)
     counts = torch.cat([t for t, _ in draws]).div(250, rounding_mode="floor").bincount(minlength=4)
     assert counts.min() > 0 and counts.sum() == 135
     mean = sum(n * value for n, value in zip(counts.tolist(), bands)) / 135
     assert values["validation"] == pytest.approx(mean, rel=1e-6)
-    assert train.validate_eq1(sd, batches) == values  # the same t and ε every time
+    assert ip_adapter.validate_eq1(sd, batches) == values  # the same t and ε every time
 
 
 # ---------------------------------------------------------------- the adapters
