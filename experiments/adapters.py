@@ -64,7 +64,8 @@ def list_given(selfattn, others):
         if file == selfattn and name != "selfattn":
             raise ValueError(f"--selfattn {file} is of the aggregator {name}: name it in --trained")
         if name in found:
-            raise ValueError(f"{found[name]} and {file} are both of the aggregator {name}: give one")
+            both = f"{found[name]} and {file}"
+            raise ValueError(f"{both} are both of the aggregator {name}: give one")
         found[name] = file
     return found
 

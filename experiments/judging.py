@@ -13,8 +13,8 @@ from tqdm import tqdm
 from experiments.photos import photos_at_once, read_pictures
 from experiments.plan import REFERENCES
 from metrics import compare_embeddings, compare_people, rank_one
-from support.pictures import to_bytes, to_tensor
-from toyfaces.judge import FeatureNet, grade
+from support.pictures import to_tensor
+from toyfaces.judge import FeatureNet, grade_features
 
 
 class Judges:
@@ -94,7 +94,7 @@ class Judges:
         if self.compares_text:
             seen["CLIP-T ↑"] = self.compare_to_prompts(seen["embeds"], shots)
         if self.grades_truth:
-            seen |= self.grade(files, shots)
+            seen |= self.grade(seen["features"], shots)
         if self.faces:
             faces = seen["faces"]
             seen |= self.compare("face identity ↑", "face copy", faces, "faces", targets)
@@ -129,15 +129,13 @@ class Judges:
             cosines.append(F.cosine_similarity(some, text.float().cpu()))
         return cosines
 
-    def grade(self, files, shots):
+    def grade(self, features, shots):
         """What FeatureNet says of the truth: the shares of right attributes."""
+        device = self.plan.settings.device
         answers = {"identity ↑": [], "prompt ↑": []}
-        for some, photos in zip(files, shots):
-            pictures = read_pictures(some)
-            if pictures.shape[-1] != 64:
-                pictures = to_bytes(self.quality.resize(to_tensor(pictures)))
+        for some, photos in zip(features, shots):
             labels = [photo.labels for photo in photos]
-            grades = grade(self.quality, pictures, labels, self.plan.settings.device)
-            answers["identity ↑"].append(grades["identity"])
-            answers["prompt ↑"].append(grades["prompt"])
+            shares = grade_features(self.quality, some.to(device), labels)
+            answers["identity ↑"].append(shares["identity"])
+            answers["prompt ↑"].append(shares["prompt"])
         return answers

@@ -1,4 +1,4 @@
-"""What is asked of every method: the people, their photos, the prompts, the noise. Written down first.
+"""What is asked of every method: people, photos, prompts and noise, written down first.
 
 A plan lives in a folder, and everything that belongs to it does, too:
 
@@ -147,7 +147,10 @@ class Plan:
         subject = self.subjects[p]
         folders = {"references": subject.references, "real": subject.held,
                    "other-photos": subject.more}
-        return {name: (self.files(name, p, len(photos)), photos) for name, photos in folders.items()}
+        pairs = {}
+        for name, photos in folders.items():
+            pairs[name] = (self.files(name, p, len(photos)), photos)
+        return pairs
 
     def describe(self):
         """The content of plan.json."""

@@ -215,13 +215,14 @@ class Table:
 {settings.photos} prompts each, {settings.seeds} pictures a prompt,
 {w or f"w = {settings.guidance}"}, {settings.steps} steps, seed {settings.seed}.
 {judges}
-In brackets: 95 % intervals over people ({DRAWS} draws, of FID {self.fid_draws}). FID is to the held-out photos
-of the same people, with the scenes of the prompts; FeatureNet's does not see blur and noise. KID
-leaves out pairs of one person. Identity, prompt: right attributes among those that the prompt leaves
-visible. CLIP-I, face identity: cosine to the person's other held-out photos; copy: cosine to the
-nearest reference minus that, and here minus what other real photos score ({copies or "there are none"}).
-DreamBooth's seconds include fine-tuning, and a share of the class pictures if these were not there
-yet. IS counts a guess for the hair under a hat, too.
+In brackets: 95 % intervals over people ({DRAWS} draws, of FID {self.fid_draws}).
+FID is to held-out photos of the same people, which have the scenes of the prompts; FeatureNet's
+does not see blur and noise. KID leaves out pairs of one person. Identity, prompt: right attributes
+among those that the prompt leaves visible. CLIP-I, face identity: cosine to the person's other
+held-out photos. Copy: cosine to the nearest reference minus that, shown minus what other real
+photos score ({copies or "there are none"}). DreamBooth's seconds include
+fine-tuning, and a share of the class pictures if these were not there yet. IS counts a guess for
+the hair under a hat, too.
 """
 
     def write(self, stem, w=None):

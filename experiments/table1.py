@@ -1,8 +1,9 @@
 """The paper's Table 1 and Figure 6, with controls, of people that nobody was trained on.
 
-    python -m experiments.table1                                        toy people, weights/tiny
-    python -m experiments.table1 --model $SD --adapter $ADAPTER --trained runs/sd15/ip-adapter.safetensors \
-        --data path/to/lfw-deepfunneled --inception FILE --faces mobilefacenet.pt
+    python -m experiments.table1                           toy people, weights/tiny
+    python -m experiments.table1 --model $SD --adapter $ADAPTER \
+        --selfattn runs/sd15/ip-adapter.safetensors --data path/to/lfw-deepfunneled \
+        --inception FILE --faces mobilefacenet.pt          the paper's
 
 Rows of the paper: one photo, DreamBooth, max, average, self-attention. Controls: text alone, the
 average of normalised embeddings, the same leave-one-out training for other aggregators, training on

@@ -14,14 +14,14 @@ from PIL import Image
 from torchvision.models.inception import Inception3
 
 from conftest import randn
-from data import ToyFaces
+from data import ToyFaces, digest_encoders
 from experiments import adapters, judging, kid, makers, photos, plan, scores, sweeps, table1
 from ip_adapter import IPAdapter, generate
 from metrics import InceptionV3, bootstrap_ci, fid, inception_score, kernel_distance
 from support import judges
 from support.checkpoints import ADAPTER, read_adapter
 from support.devices import autocast, pick_precision
-from support.files import digest
+from support.files import digest, digest_file
 from support.pictures import load_image, save_image, to_images, to_tensor
 from support.program import run
 from test_faces import state as face_weights  # noqa: F401 (a fixture)
@@ -152,7 +152,7 @@ def test_table_has_the_papers_rows_then_controls(finished, template):
 def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_nobody_trained_on(
         exam_folder, tiny_folder, monkeypatch):
     asked, taught, scored = [], [], []
-    grade = judging.grade
+    grade = judging.grade_features
 
     def make_pictures(sd, prompts, settings, seed, adapter=None, embeds=None, lam=1.0):
         bias = sd.unet.conv_out.bias.mean().item()
@@ -168,7 +168,7 @@ def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_n
 
     monkeypatch.setattr(makers, "make_pictures", make_pictures)
     monkeypatch.setattr(makers, "fine_tune", fine_tune)
-    monkeypatch.setattr(judging, "grade", lambda *args: scored.append(args[1:3]) or grade(*args))
+    monkeypatch.setattr(judging, "grade_features", lambda *args: scored.append(args[1:]) or grade(*args))
     words = [*SIZE, "--batch", "8"]  # the later one counts: one unit a method
     assert command(table1, *words)[0] == 130 and command(table1, *words)[0] == 0  # stopped, resumed
     sd = StableDiffusion.load(tiny_folder)
@@ -204,8 +204,9 @@ def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_n
     rows = [again, *[shots] * 12, real]  # the row of real photos is read first
     expected = [photos for row in rows for photos in row]
     assert [labels for _, labels in scored] == [[photo.labels for photo in photos] for photos in expected]
-    assert torch.equal(to_tensor(scored[0][0]), to_tensor([photo.image for photo in again[0]]))
     judge = FeatureNet.load(tiny_folder / "feature_net")
+    expected = judge.features(to_tensor([photo.image for photo in again[0]])).detach()
+    torch.testing.assert_close(scored[0][0], expected)
     features = [judge.features(to_tensor([photo.image for photos in row for photo in photos])).detach()
                 for row in (real, again)]
     numbers = read_table(exam_folder)[1]["rows"][REAL[1]]
@@ -625,6 +626,33 @@ def test_train_writes_the_recipe_that_the_table_compares(tiny_folder, workdir, m
     train_adapter(workdir / "run", options, str(tiny_folder), "avg", "toy", 3, init=other)
     again = read_adapter("run/ip-adapter.safetensors")[1]
     assert again["base"].split()[0] == found["base"].split()[0] and again["base"] != found["base"]
+
+
+def test_same_photo_is_trained_by_the_recipe_on_nothing_but_the_photo_itself(
+        exam_folder, tiny_folder, monkeypatch):
+    few, alone = ToyFaces(3, photos=2).people, []
+    adapter_task = adapters.adapter_task
+
+    def watch(*args, **options):
+        alone.append(options)
+        return adapter_task(*args, **options)
+
+    monkeypatch.setattr(adapters, "load_people", lambda *_: (few, few))
+    monkeypatch.setattr(adapters, "adapter_task", watch)
+    init = tiny_folder / ADAPTER
+    made = dict(data="toy", people="3", steps="1", batch="2", lr="0.001", seed="0", precision="fp32", init=str(init))
+    sd = StableDiffusion.load(tiny_folder)
+    made["base"] = f"{digest(sd.unet)} {digest_encoders(sd)} {digest_file(init)}"
+    for name in ("selfattn", "avg"):
+        IPAdapter(sd.unet, 128, name).save(f"runs/{name}/ip-adapter.safetensors", made)
+    (exam_folder / "runs/same-photo/ip-adapter.safetensors").unlink()
+    files = adapters.find_adapters(exam_folder / "runs", "cpu", "selfattn", "avg", "same-photo")
+    assert alone == [{"alone": True}] and adapters.name_adapter(files["same-photo"]) == "same-photo"
+    tensors, found = read_adapter(files["same-photo"])
+    assert {key: found[key] for key in made} == made and found["agg"] == "none"
+    assert any(not torch.equal(tensors[name], old) for name, old in read_adapter(init)[0].items())
+    adapters.find_adapters(exam_folder / "runs", "cpu", "selfattn", "same-photo")  # and is taken now
+    assert len(alone) == 1
 
 
 @pytest.fixture
