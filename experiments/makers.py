@@ -6,7 +6,6 @@ pictures bit for bit.
 """
 
 import copy
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,23 +20,12 @@ from experiments.photos import (embed_pictures, photos_at_once, precision_of, re
                                 save_bytes, write_photos, write_round_trips)
 from experiments.plan import REFERENCES, name_person
 from ip_adapter import IPAdapter, generate
-from support.checkpoints import TINY
-from support.devices import DTYPE, is_large
+from support.devices import is_large
 from support.distributed import barrier, first_alone, is_first, rank, world_size
-from support.files import CACHE, write_json
+from support.files import CACHE, read_json, write_json
 from support.pictures import to_bytes, to_tensor
 from toyfaces import drawing
 from train import DEFAULTS, Options, fine_tune
-from unet import StableDiffusion
-
-def load_for_pictures(model, settings, image_encoder=None):
-    """The checkpoint as its pictures are made: the tiny one in float32, under autocast.
-
-    Others have weights of `settings.precision`, as in sample.py: half the memory.
-    """
-    is_tiny = Path(model).resolve() == TINY.resolve()
-    dtype = torch.float32 if is_tiny else DTYPE[settings.precision]
-    return StableDiffusion.load(model, settings.device, dtype, image_encoder)
 
 
 @torch.inference_mode()
@@ -254,7 +242,7 @@ def read_seconds(plan, name):
     """Seconds a picture of a method, over all units whose time is known; None if none is."""
     pictures, seconds = 0, 0.0
     for file in sorted((plan.out / name).glob("seconds-*.json")):
-        facts = json.loads(file.read_text())
+        facts = read_json(file)
         pictures += facts["pictures"]
         seconds += facts["seconds"]
     return seconds / pictures if pictures else None

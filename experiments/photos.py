@@ -1,15 +1,28 @@
-"""Photos of a plan: to folders, cut as the model's pictures are, and from there into its encoders."""
+"""The model of a plan and its photos: to folders, cut as its pictures are, and into its encoders."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from support.devices import autocast
+from support.checkpoints import TINY
+from support.devices import DTYPE, autocast
 from support.pictures import load_image, open_photos, save_image, to_bytes, to_images, to_tensor
 from toyfaces.drawing import draw_face
+from unet import StableDiffusion
 
 BATCH = 64  # photos to encode at once, of the tiny world; of Stable Diffusion one
+
+
+def load_for_pictures(model, settings, image_encoder=None):
+    """The checkpoint as its pictures are made: the tiny one in float32, under autocast.
+
+    Others have weights of `settings.precision`, as in sample.py: half the memory.
+    """
+    is_tiny = Path(model).resolve() == TINY.resolve()
+    dtype = torch.float32 if is_tiny else DTYPE[settings.precision]
+    return StableDiffusion.load(model, settings.device, dtype, image_encoder)
 
 
 def precision_of(sd, settings):

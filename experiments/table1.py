@@ -19,8 +19,8 @@ import torch
 from dreambooth import DreamBooth
 from experiments.adapters import find_adapters, list_given
 from experiments.judging import Judges
-from experiments.makers import Maker, load_for_pictures
-from experiments.photos import read_pictures
+from experiments.makers import Maker
+from experiments.photos import load_for_pictures, read_pictures
 from experiments.plan import Method, Settings, make_plan
 from experiments.scores import Table
 from support.checkpoints import ADAPTER, TINY, find_beside

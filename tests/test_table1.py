@@ -76,7 +76,7 @@ def template(tiny_folder, tmp_path_factory):
 
 def make_small(patch, tiny_folder):
     """The tiny model; a DreamBooth of one step from two class pictures; few draws."""
-    for module in (makers, table1, adapters, judges):
+    for module in (photos, table1, adapters, judges):
         patch.setattr(module, "TINY", tiny_folder)
     make_class_images, fine_tune = makers.make_class_images, makers.fine_tune
 
