@@ -102,9 +102,9 @@ def fit(task, out, options, settings=None):
     """ε_θ* = argmin L(ε, ε_θ)   (eq. 2), by AdamW. Returns the log's rows (support/history.py).
 
     Writes the log out/<name>.csv and the checkpoint out/<name>.pt every `options.every` steps.
-    settings: what else the result depends on; --resume refuses a checkpoint with other ones.
-    ValueError at a loss or gradient that is not finite: the checkpoint before it stays. Ctrl-C
-    finishes the step, writes a checkpoint and raises KeyboardInterrupt.
+    settings: what else the result depends on; --resume refuses other ones. ValueError at a loss or
+    gradient that is not finite: the checkpoint before it stays. Ctrl-C finishes the step, writes a
+    checkpoint and raises KeyboardInterrupt.
     """
     parameters = [weight for weight in task.module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(parameters, options.lr, weight_decay=0.01)

@@ -65,8 +65,6 @@ class History:
         return state["step"]
 
     def save(self, step):
-        if not is_first():
-            return
         state = dict(
             module=self.task.module.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -77,13 +75,15 @@ class History:
             seconds=time.perf_counter() - self.began,
             settings=self.settings,
         )
-        write_whole(self.checkpoint, lambda part: torch.save(state, part))
+        if is_first():
+            write_whole(self.checkpoint, lambda part: torch.save(state, part))
         text = io.StringIO()
         table = csv.DictWriter(text, self.rows[0], lineterminator="\n")
         table.writeheader()
         for row in self.rows:
             table.writerow({name: f"{value:.6g}" for name, value in row.items()})
-        write_text(self.log, text.getvalue())
+        if is_first():
+            write_text(self.log, text.getvalue())
 
     def validate(self, step):
         """Add a row to the log."""
