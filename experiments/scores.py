@@ -36,11 +36,12 @@ def format_cell(value):
 class Row:
     """What is known of a row of the table. seen: for each person a tensor, see Judges.judge.
 
-    people: the numbers of those who have pictures in it.
+    people: the numbers of those who have pictures in it. is_shuffled: they show somebody else.
     """
 
-    def __init__(self, seen, real):
+    def __init__(self, seen, real, is_shuffled=False):
         self.seen = seen
+        self.is_shuffled = is_shuffled
         counts = [len(features) for features in seen["features"]]
         self.people = [p for p, count in enumerate(counts) if count]
         self.kid = StrangersKID(real["features"], seen["features"])
@@ -86,10 +87,8 @@ class Table:
     def print_heading(self, text):
         self.print_line(f"*{text}*", *[""] * len(self.columns))
 
-    # ------------------------------------------------------------ rows
-
-    def read(self, files, shots, targets):
-        return Row(self.judges.judge(files, shots, targets), self.judges.held)
+    def read(self, files, shots, targets, is_shuffled=False):
+        return Row(self.judges.judge(files, shots, targets), self.judges.held, is_shuffled)
 
     def read_photos(self, folder, shift=0):
         """The Row of a folder of real photos, None if there are none.
@@ -100,7 +99,9 @@ class Table:
         photos = [self.plan.photo_files((p + shift) % len(people))[folder] for p in people]
         files = [some for some, _ in photos]
         shots = [some for _, some in photos]
-        return self.read(files, shots, [None] * len(people)) if any(files) else None
+        if not any(files):
+            return None
+        return self.read(files, shots, [None] * len(people), is_shuffled=shift != 0)
 
     def add_folder(self, title, folder, seconds=None):
         """Score the pictures of a method and print the row."""
@@ -135,6 +136,9 @@ class Table:
         }
         numbers = {}
         for column in self.columns[:-2]:
+            if row.is_shuffled and column in scores:
+                numbers[column] = None  # the real photos themselves, in another order
+                continue
             statistic = scores.get(column) or self.measure_mean(row, column)
             draws = self.fid_draws if column == "FID ↓" else DRAWS
             numbers[column] = self.estimate(row.people, statistic, draws)
@@ -143,8 +147,6 @@ class Table:
         self.numbers[title] = numbers
         self.print_line(title, *map(format_cell, numbers.values()))
         return numbers
-
-    # ------------------------------------------------------------ statistics of some people
 
     def measure_mean(self, row, column):
         mean = row.mean(column)
@@ -182,7 +184,7 @@ class Table:
         self.lines += ["", f"| minus {best} | FID | {name} |", "|---|---|---|"]
         mean_of_best = self.rows[best].mean(column)
         for title, row in self.rows.items():
-            if title == best:
+            if title == best or row.is_shuffled:
                 continue
             mean = row.mean(column)
 
@@ -202,8 +204,6 @@ class Table:
         for column in ("identity ↑", "face identity ↑", "CLIP-I ↑"):
             if column in self.columns:
                 return column
-
-    # ------------------------------------------------------------ files
 
     def write_note(self, command, w):
         """The text under the table: how it was made, and what its columns are."""

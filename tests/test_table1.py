@@ -421,6 +421,7 @@ def test_table_of_photos_has_all_rows_and_with_a_face_file_its_columns(
     of_faces = ["face identity ↑", "rank-1 ↑", "face copy"]
     rest = ["copy", "CLIP-I ↑", "CLIP-T ↑", "s/picture ↓", "N"]
     assert all(list(row) == columns + of_faces + rest for row in rows.values())
+    assert [rows[stranger][column] for column in columns] == [None] * 4  # they are the real photos
     assert [rows[title]["N"] for title in (BEST, REAL[0], stranger)] == [8, 3, 3]
     assert "MobileFaceNet" in said["judges"][-1] and f"minus {BEST} | FID | face identity" in text
     assert rows[REAL[0]]["rank-1 ↑"][0] > rows[stranger]["rank-1 ↑"][0]
