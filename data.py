@@ -12,7 +12,7 @@ Two sources with one interface, `.people` -> list of Person(name, noun, photos=[
 How test people are kept out of training, all in one place:
   ToyFaces   every seed is a population of its own: seed 0 trains the base model, seed 1 the
              adapters (`load_people`). Of seed 2 the first hundred people are for validation, the
-             others for the tables (experiments/exam.py). Other seeds are free.
+             others for the tables (experiments/plan.py). Other seeds are free.
   LFW        `split` splits by person: two thirds train, the held-out third only validates.
   a person   within a person, `leave_one_out` never puts the target among its own references.
 
