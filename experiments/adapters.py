@@ -5,7 +5,6 @@ same-photo, the single-image adapter trained on as IP-Adapter is, for the same b
 its own and only reference, so the difference to the others is leave-one-out.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from data import Features, digest_encoders, load_people
 from ip_adapter import IPAdapter
 from support.checkpoints import ADAPTER, TINY, read_adapter
 from support.devices import autocast
+from support.distributed import environment_alone
 from support.files import digest, digest_file
 from support.history import report
 from train import Options, adapter_task, fit
@@ -78,14 +78,13 @@ def train_adapter(file, agg, device, recipe):
     for option in OPTIONS:
         if recipe:
             words += [f"--{option}", recipe[option]]
-    # Under torchrun, only this process waits for it: it must not look for the others.
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    with subprocess.Popen([str(word) for word in words], env=environment) as training:
+    words = [str(word) for word in words]
+    with subprocess.Popen(words, env=environment_alone()) as training:
         try:
             failed = training.wait()
         except KeyboardInterrupt:
-            training.wait()  # it ends its step and writes a checkpoint
+            training.terminate()  # it ends its step and writes a checkpoint
+            training.wait()
             raise
     if failed:
         hint = f"if {file.parent} holds a checkpoint of other options, move it away"

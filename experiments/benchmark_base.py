@@ -21,7 +21,7 @@ from experiments.plan import Settings
 from support.checkpoints import TINY
 from support.devices import autocast, pick_device, pick_precision
 from support.pictures import to_tensor
-from support.program import make_parser, require_at_least, run
+from support.program import make_parser, run
 from toyfaces.captions import describe_traits, write_prompt
 from toyfaces.drawing import ATTRIBUTES, IDENTITY, SCENE, visible_attributes
 from toyfaces.judge import FeatureNet, label_tensors, share_right
@@ -105,7 +105,6 @@ def main():
     parser.add_argument("--pictures", type=int, default=512, help="pictures to make, at most as "
                         "many as photos, for each of two kinds of captions")
     args = parser.parse_args()
-    require_at_least(1, args, "people", "pictures")
     device = pick_device("auto")
     settings = Settings(device, pick_precision("auto", device), seed=0, batch=BATCH)
     faces = make_faces(args.people, seed=2)

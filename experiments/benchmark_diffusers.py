@@ -42,7 +42,7 @@ from support.checkpoints import SINGLE_FILE, load_network
 from support.devices import DTYPE
 from support.fast_cpu import pack, prepare_unet
 from support.files import read_json, save_tensors, write_json
-from support.program import make_parser, require_at_least, run
+from support.program import make_parser, run
 from unet import AutoencoderKL, StableDiffusion, UNet
 
 CONTENDERS = ("diffusers", "ours")
@@ -419,6 +419,7 @@ def compete(folder, config, precisions, rounds, steps):
 
 def parse_arguments():
     parser = make_parser(__doc__)
+    parser.ranges["steps"] = (2, 1000)  # the first one only warms up
     add = parser.add_argument
     add("--write", type=Path, metavar="FOLDER", help="only write a checkpoint and an adapter")
     add("--tiny", action="store_true", help="small networks: to try the program, not to measure")
@@ -433,8 +434,6 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    require_at_least(1, args, "repeats")
-    require_at_least(2, args, "steps")
     config = dict(SMALL_UNET) if args.tiny else {}
     config["sample_size"] = args.size // 8
     if args.run:

@@ -21,7 +21,7 @@ from experiments.photos import (embed_pictures, photos_at_once, precision_of, re
 from experiments.plan import REFERENCES, name_person
 from ip_adapter import IPAdapter, generate
 from support.devices import is_large
-from support.distributed import barrier, first_alone, is_first, rank, world_size
+from support.distributed import alone, barrier, first_alone, is_first, rank, world_size
 from support.files import CACHE, read_json, write_json
 from support.pictures import to_bytes, to_tensor
 from toyfaces import drawing
@@ -179,7 +179,8 @@ class Maker:
         """Pictures of "sks person" by a model that learned person p, always from the same weights."""
         noun = self.plan.subjects[p].person.noun
         photos = read_pictures(self.plan.files("references", p, REFERENCES))
-        taught = teach_person(self.sd, photos, noun, self.settings, method.dreambooth)
+        with alone():  # other processes learn other people
+            taught = teach_person(self.sd, photos, noun, self.settings, method.dreambooth)
         prompts = [name_person(prompt, noun) for prompt in prompts]
         seed = self.settings.seed + p * self.plan.n
         return make_pictures(taught, prompts, self.settings, seed)

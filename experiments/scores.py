@@ -12,7 +12,7 @@ import torch
 from experiments.kid import StrangersKID
 from experiments.makers import read_seconds
 from metrics import bootstrap_ci, fid, inception_score
-from support.files import write_text, write_whole
+from support.files import write_all
 from train import DEFAULTS
 
 DRAWS = 1000  # of the bootstrap
@@ -240,11 +240,6 @@ the hair under a hat, too.
             "settings": {name: str(value) for name, value in vars(self.plan.settings).items()},
             "rows": self.numbers,
         }
-        text = json.dumps(content, indent=1)
-
-        def write_both(part):  # the table gets its name when the .json is written, too
-            part.write_text("\n".join([*self.lines, note]), encoding="utf-8")
-            write_text(out / f"{stem}.json", text)
-
-        write_whole(out / f"{stem}.md", write_both)
+        text = "\n".join([*self.lines, note])
+        write_all({out / f"{stem}.md": text, out / f"{stem}.json": json.dumps(content, indent=1)})
         print(f"{note}wrote {out}/{stem}.md, {stem}.json")

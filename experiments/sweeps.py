@@ -13,6 +13,7 @@ from experiments.makers import Maker
 from experiments.plan import Method
 from experiments.scores import Table
 from experiments.table1 import add_exam_arguments, prepare
+from support.claim import claim
 from support.distributed import is_first, processes
 from support.plots import plot_curves
 from support.program import make_parser, run
@@ -81,9 +82,9 @@ def vary(which, method):
             yield slug, kind, None, replace(method, kinds=kinds)
 
 
-def make_sweep(which, args):
+def make_sweep(which, args, out):
     names = ("selfattn", *TRAINED[which])
-    judges, sd, plan, single, trained = prepare(args, args.out / f"sweep-{which}", names)
+    judges, sd, plan, single, trained = prepare(args, out, names)
     if which == "kinds" and not plan.knows_truth:
         raise ValueError("kinds draws toy people anew: it is not for photos, leave out --data")
     rows = list_methods(which, single, trained)
@@ -112,12 +113,14 @@ def main():
     parser.add_argument("which", choices=["refs", "lam", "w", "kinds"], help="what is varied")
     add_exam_arguments(parser)
     args = parser.parse_args()
+    out = args.out / f"sweep-{args.which}"
     try:
-        make_sweep(args.which, args)
+        with claim(out):
+            make_sweep(args.which, args, out)
     except KeyboardInterrupt:
         hint = "the same command goes on after the last finished pictures"
         raise KeyboardInterrupt(f"stopped; {hint}") from None
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "make fewer pictures at once (--batch)")

@@ -24,12 +24,13 @@ from experiments.photos import load_for_pictures, read_pictures
 from experiments.plan import Method, Settings, make_plan
 from experiments.scores import Table
 from support.checkpoints import ADAPTER, TINY, find_beside
+from support.claim import claim
 from support.devices import pick_device, pick_precision
 from support.distributed import check_device, first_alone, is_first, processes
 from support.judges import load_face_judge, load_judge
 from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
-from support.program import make_parser, require_at_least, run
+from support.program import device_name, file_path, make_parser, run
 
 BEST = "selfattn"  # the paper's method: the others are compared with it
 TITLES = {  # of the adapters that were trained on; the paper's row is self-attention
@@ -119,16 +120,16 @@ def add_exam_arguments(parser):
     add("--steps", type=int, default=20, help="UNet evaluations a picture, 1 to 1000")
     add("--batch", type=int, default=32, help="pictures at once")
     add("--seed", type=int, default=2020, help="of the noise")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda or mps")
     add("--runs", type=Path, default=Path("runs"), help="adapters of the toy world; missing ones "
         "are trained")
     add("--out", type=Path, default=Path("runs/table"), help="folder for plan, pictures and tables")
     add = parser.add_argument_group("another model, other people, other judges").add_argument
     add("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
     add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
-    add("--adapter", type=Path, help="adapter of one photo (default: the one in --model)")
-    add("--selfattn", type=Path, help="adapter that train.py trained from it: the paper's method")
-    add("--trained", type=Path, nargs="+", default=[], help="more of them, with other aggregators")
+    add("--adapter", type=file_path, help="adapter of one photo (default: the one in --model)")
+    add("--selfattn", type=file_path, help="adapter that train.py trained from it: the paper's method")
+    add("--trained", type=file_path, nargs="+", default=[], help="more of them, with other aggregators")
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth, or toy: "
         "FeatureNet (default: toy for toy people, else from torch.hub)")
@@ -139,10 +140,7 @@ def add_exam_arguments(parser):
 
 def make_settings(args):
     """The Settings of the arguments of add_exam_arguments. ValueError if they make no exam."""
-    require_at_least(1, args, "batch", "steps")
-    if args.steps > 1000:
-        raise ValueError(f"--steps {args.steps}: from 1 to 1000")
-    if args.people < 2 or min(args.photos, args.seeds) < 1 or args.photos * args.seeds < 2:
+    if args.people < 2 or args.photos * args.seeds < 2:
         needs = "at least two people (--people), and two pictures of each (--photos times --seeds)"
         raise ValueError(needs)
     if args.face_box and not args.faces:
@@ -188,7 +186,6 @@ def prepare(args, out, names):
     Everything that can be refused is refused before adapters are trained.
     """
     settings = make_settings(args)
-    out.mkdir(parents=True, exist_ok=True)
     judges = load_judges(args, settings.device)
     single, trained = find_files(args, settings.device, names)
     sd = load_for_pictures(args.model, settings, args.image_encoder or find_beside(single))
@@ -221,11 +218,12 @@ def main():
                         "takes most of the time")
     args = parser.parse_args()
     try:
-        make_table(args)
+        with claim(args.out):
+            make_table(args)
     except KeyboardInterrupt:
         hint = "the same command goes on after the last finished pictures"
         raise KeyboardInterrupt(f"stopped; {hint}") from None
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "make fewer pictures at once (--batch)")
