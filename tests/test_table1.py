@@ -1,11 +1,13 @@
 """experiments/: one plan for every method, folders of pictures made once, rows that say what was asked."""
 
+import errno
 import io
 import json
 import shutil
 import sys
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -310,10 +312,12 @@ def test_a_second_run_makes_no_picture_and_a_full_disk_leaves_the_old_table(
     monkeypatch.setattr(makers, "fine_tune", None)
     assert command(table1, *SIZE)[0] == 0 and read_table(template) == before
 
-    def full(path, text):
-        raise OSError("No space left on device")
+    def write_text(path, text, write=Path.write_text, **kind):
+        if "table.json" in path.name:  # the second of the two files
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text, **kind)
 
-    monkeypatch.setattr(scores, "write_text", full)
+    monkeypatch.setattr(Path, "write_text", write_text)
     monkeypatch.setattr(scores.Table, "write_note", lambda *_: "another note")
     code, _, line = command(table1, *SIZE)
     assert code == 2 and "No space" in line and read_table(template) == before
@@ -465,7 +469,7 @@ def test_people_that_validation_does_not_see_come_first(monkeypatch):
     ("--face-box 0,0,1,1", "--face-box needs --faces"),
     ("--adapter narrow.safetensors", "narrow.safetensors is of another image encoder: it reads image embeddings "
                                      "of width 64, the model's have 128"),
-    ("--adapter none.safetensors", "none.safetensors: no such adapter"),
+    ("--adapter none.safetensors", "--adapter: none.safetensors: no such file"),
     ("--selfattn runs/avg/ip-adapter.safetensors", "is of the aggregator avg: name it in --trained"),
     ("--trained runs/avg/ip-adapter.safetensors runs/avg/ip-adapter.safetensors", "both of the aggregator avg"),
     ("--steps 1001", "--steps 1001: from 1 to 1000"),
