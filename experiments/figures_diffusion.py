@@ -12,52 +12,50 @@ FEW_STEPS = (5, 10, 20, 50)  # columns of samplers.png
 GUIDANCES = (0, 1, 2, 4, 8)  # columns of guidance.png
 
 
-def draw_noising(world, path):
-    """x_t and x̂₀ of a photo on the way down (eq. 8), and of a sample on the way up (DDIM)."""
-    photo = world.faces[0].photos[0]
+def noise_photo(world, photo, conditions):
+    """Down: a photo's latent with more and more of the same noise. Returns [(t, z_t, ẑ_0), …]."""
     sd = world.sd
-    conditions = world.condition([photo.prompt])
-    rows = {
-        "a photo,\n$x_t$ of eq. 8": [],
-        "its $\\hat{x}_0$,\nguessed at once": [],
-        "from noise,\n$x_t$ by DDIM": [],
-        "its $\\hat{x}_0$\nat that step": [],
-    }
-    down, down_guess, up, up_guess = rows.values()
-
-    # Down: the photo's latent with more and more of the same noise.
     z_0 = sd.encode_latents(to_tensor([photo.image]))
     eps = draw_noise(sd.unet, [world.seed])
-    guess = make_guided_eps(sd.unet, **conditions._asdict(), w=1)
+    eps_fn = make_guided_eps(sd.unet, **conditions._asdict(), w=1)
+    seen = []
     for t in TIMES:
         z_t = q_sample(z_0, t, eps, sd.schedule)
-        down.append(z_t)
-        down_guess.append(predict_x0(z_t, t, guess(z_t, t), sd.schedule))
+        seen.append((t, z_t, predict_x0(z_t, t, eps_fn(z_t, t), sd.schedule)))
+    return seen
 
-    # Up: what the sampler sees at every step, from which the columns are chosen.
-    seen = []
+
+def denoise(world, conditions):
+    """Up: what DDIM sees in 50 steps at the times that are nearest to TIMES: [(t, z_t, ẑ_0), …]."""
+    sd = world.sd
     eps_fn = make_guided_eps(sd.unet, **conditions._asdict(), w=4)
+    seen = []
 
     def watch(z_t, t):
         eps_hat = eps_fn(z_t, t)
         seen.append((t, z_t, predict_x0(z_t, t, eps_hat, sd.schedule)))
         return eps_hat
 
-    sample(watch, draw_noise(sd.unet, [world.seed + 1]), sd.schedule, 50, "ddim", progress=False)
-    times = []
-    for wanted in TIMES:
-        t, z_t, z_0_hat = min(seen, key=lambda step: abs(step[0] - wanted))
-        times.append(t)
-        up.append(z_t)
-        up_guess.append(z_0_hat)
+    x_T = draw_noise(sd.unet, [world.seed + 1])
+    sample(watch, x_T, sd.schedule, 50, "ddim", progress=False)
+    return [min(seen, key=lambda step: abs(step[0] - wanted)) for wanted in TIMES]
 
-    figure, axes = new_sheet(len(rows), len(TIMES))
-    for r, (words, latents) in enumerate(rows.items()):
-        name_row(axes[r][0], words)
-        pictures = sd.decode_latents(torch.cat(latents))
-        for c, picture in enumerate(pictures):
-            t = TIMES[c] if r < 2 else times[c]
-            show(axes[r][c], picture, f"t = {t}" if r in (0, 2) else None)
+
+def draw_noising(world, path):
+    """x_t and x̂₀ of a photo on the way down (eq. 8), and of a sample on the way up (DDIM)."""
+    photo = world.faces[0].photos[0]
+    conditions = world.condition([photo.prompt])
+    ways = [noise_photo(world, photo, conditions), denoise(world, conditions)]
+    names = [("a photo,\n$x_t$ of eq. 8", "its $\\hat{x}_0$,\nguessed at once"),
+             ("from noise,\n$x_t$ by DDIM", "its $\\hat{x}_0$\nat that step")]
+    figure, axes = new_sheet(4, len(TIMES))
+    for way, (seen, words) in enumerate(zip(ways, names)):
+        times, noisy, guessed = zip(*seen)
+        for k, latents in enumerate((noisy, guessed)):
+            row = axes[2 * way + k]
+            name_row(row[0], words[k])
+            for axis, t, picture in zip(row, times, world.sd.decode_latents(torch.cat(latents))):
+                show(axis, picture, f"t = {t}" if k == 0 else None)
     save_small(path, figure)
 
 
@@ -120,7 +118,7 @@ def draw_vae(world, path):
     images = to_tensor([photo.image for photo in photos])
     z_0 = world.sd.encode_latents(images)
     again = world.sd.decode_latents(z_0)
-    titles = ["photo\n3 × 64 × 64", "round trip", "difference\nthree times", *["z[0]\n16 × 16"],
+    titles = ["photo\n3 × 64 × 64", "round trip", "difference\nthree times", "z[0]\n16 × 16",
               "z[1]", "z[2]", "z[3]"]
     figure, axes = new_sheet(len(photos), len(titles), side=1.15)
     for r in range(len(photos)):

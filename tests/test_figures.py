@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from attention import CrossAttention, attention
 from aggregators import SelfAttention
+from attention import CrossAttention, attention
 from experiments import figures, figures_attention, figures_diffusion, figures_numbers
 from experiments.figures_common import World
 from ip_adapter import IPAdapter
