@@ -192,7 +192,7 @@ def draw_bar(axis, value, mean):
     axis.bar([0], [value], width=0.6, color="tab:blue")
     axis.plot([0], [mean], "o", color="tab:orange", markersize=4)
     axis.axhline(1 / 9, color="grey", linewidth=0.7)
-    axis.set(ylim=(0, 1), xlim=(-0.7, 0.7))
+    axis.set(ylim=(0, 0.75), xlim=(-0.7, 0.7))
     axis.set_xlabel(f"{value:.2f}", fontsize=7, labelpad=2)
 
 
