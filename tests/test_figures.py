@@ -45,10 +45,9 @@ def test_every_figure_but_dreambooths_is_drawn_with_a_random_model(draw):
         assert Image.open(path).mode == "P"
 
 
-def test_the_course_has_every_figure_and_together_they_are_small():
-    names = set(figures.FIGURES) - {"method"}
+def test_the_courses_figures_can_all_be_drawn_again_and_together_are_small():
     files = list(COURSE.glob("*.png"))
-    assert {file.stem for file in files} == names
+    assert {file.stem for file in files} <= set(figures.FIGURES)
     assert sum(file.stat().st_size for file in files) <= 2 * 2**20
 
 
