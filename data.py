@@ -12,7 +12,7 @@ Two sources with one interface, `.people` -> list of Person(name, noun, photos=[
 How test people are kept out of training, all in one place:
   ToyFaces   every seed is a population of its own: seed 0 trains the base model, seed 1 the
              adapters (`load_people`). Of seed 2 the first hundred people are for validation, the
-             others for the tables (experiments/exam.py). Other seeds are free.
+             others for the tables (experiments/plan.py). Other seeds are free.
   LFW        `split` splits by person: two thirds train, the held-out third only validates.
   a person   within a person, `leave_one_out` never puts the target among its own references.
 
@@ -186,14 +186,16 @@ class Features:
     can be read.
     """
 
-    VERSION = 1  # of the numbers: raised when this code gives other ones
+    VERSION = 2  # of the numbers: raised when this code gives other ones
 
-    def __init__(self, sd, people):
+    def __init__(self, sd, people, encoders=None):
+        """encoders: their digest (`digest_encoders`), if it is known already."""
         photos = [photo for person in people for photo in person.photos]
         prompts = sorted({photo.prompt for photo in photos})
         # The key holds the data and the encoders' weights: features of another model never load.
         data = [(photo.key, photo.prompt) for photo in photos]
-        key = ("features", self.VERSION, data, digest_encoders(sd), autocast_dtype(device_of(sd.unet)))
+        encoders = encoders or digest_encoders(sd)
+        key = ("features", self.VERSION, data, encoders, autocast_dtype(device_of(sd.vae)))
         found = load_or_compute(lambda: compute_features(sd, photos, ["", *prompts]), *key)
         check_finite(VAE=found["z_0"], image_encoder=found["embeds"], text_encoder=found["c_t"])
         self.z_0 = found["z_0"]
@@ -226,8 +228,7 @@ def split_like(values, people):
 @torch.inference_mode()
 def compute_features(sd, photos, prompts):
     """The tensors of `Features` on the CPU; `readable` (n,): which photos there are rows for."""
-    device = device_of(sd.unet)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same noise on every device
     batch = max(1, 64 * 64**2 // sd.image_size**2)  # 64 pictures of the tiny world, one of SD
     opened = open_photos(photos, sd.image_encoder.config.image_size, chunk=64 * batch)
     z_0 = []
@@ -239,7 +240,7 @@ def compute_features(sd, photos, prompts):
         some = [photo for photo in some if photo is not None]
         if some:
             pixels, views = zip(*some)
-            images = to_tensor(torch.from_numpy(np.stack(pixels))).to(device)
+            images = to_tensor(torch.from_numpy(np.stack(pixels)))
             z_0.append(sd.encode_latents(images, generator).float().cpu())
             embeds.append(sd.embed_images(views).float().cpu())
     if not z_0:

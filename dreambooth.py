@@ -29,12 +29,12 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from ddpm import lookup, q_sample
-from ip_adapter import generate
-from support.devices import autocast_dtype, device_of
+from ip_adapter import generate, generate_in_parts
+from support.devices import autocast_dtype, device_of, frozen_dtype, move
 from support.distributed import first_alone
-from support.files import digest, save_tensors
+from support.files import digest, digest_bytes, save_tensors
 from support.lora import find_scale, read_lora
-from support.pictures import load_image, save_image, to_images, to_tensor
+from support.pictures import load_image, save_grid, save_image, to_images, to_tensor
 from support.weights import check_tensor
 
 
@@ -68,7 +68,12 @@ def check_identifier(tokenizer, identifier):
 
 
 def encode_files(sd, files, generator, batch=8):
-    """z_0 of n picture files, cut square: (n, C, h, w) float32. ValueError names an unreadable one."""
+    """z_0 of n picture files, cut square: (n, C, h, w) float32. ValueError names an unreadable one.
+
+    batch: how many small pictures are encoded at once; of 512 × 512 pixels it is one.
+    """
+    if sd.image_size >= 512:
+        batch = 1
     parts = []
     for start in range(0, len(files), batch):
         images = [load_image(file, sd.image_size) for file in files[start : start + batch]]
@@ -121,16 +126,18 @@ def prior_preservation_loss(unet, z_0, z_pr, t, eps, c, c_pr, schedule, prior_we
 # ---------------------------------------------------------------- class pictures
 
 @first_alone()
-def make_class_images(sd, prompt, out, count, seed=0, steps=30, batch=8):
+def make_class_images(sd, prompt, out, count, seed=0, steps=30, batch=8, model=None):
     """x_pr = x̂(z, c_pr),   z ~ N(0, I)   (section 3.2)
 
     `count` PNG files in out/class-<digest of model and settings>, made by `sd` as it is; existing
     files are reused. Picture k starts from the noise of seed + k. Returns the files.
+    batch: how many are made at once; model: a digest of UNet, text encoder and VAE, if it is known.
     """
     precision = autocast_dtype(device_of(sd.unet))
     settings = dict(prompt=prompt, seed=seed, steps=steps, precision=precision)
     settings |= dict(scheduler=sd.scheduler, version=1)  # raised when this code makes other ones
-    key = digest(sd.unet, sd.text_encoder, sd.vae, **settings)
+    model = model or digest(sd.unet, sd.text_encoder, sd.vae)
+    key = digest_bytes(model, settings)
     folder = Path(out, f"class-{key[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{k:04d}.png" for k in range(count)]
@@ -144,6 +151,24 @@ def make_class_images(sd, prompt, out, count, seed=0, steps=30, batch=8):
                 save_image(files[k], image)
             bar.update(len(run))
     return files
+
+
+def save_variations(sd, person, noun, path, seed, batch, count=4):
+    """A column each: the person, the class (what the prior preserved), the person in two scenes."""
+    prompts = {
+        "identity": f"a photo of a {person}",
+        "class": f"a photo of a {noun}",
+        "hat": f"a photo of a smiling {person} wearing a hat, green background",
+        "sunglasses": f"a photo of a surprised {person} wearing sunglasses, blue background",
+    }
+    *c_t, null_c_t = sd.encode_prompts([*prompts.values(), ""]).float().split(1)
+    made = []
+    for c in c_t:
+        column = c.expand(count, -1, -1)
+        made.append(generate_in_parts(sd, batch, column, null_c_t, seed=seed))
+    rows = [[column[k] for column in made] for k in range(count)]
+    save_grid(path, rows, list(prompts))
+    print(f"wrote {path}")
 
 
 def successive_runs(numbers, most):
@@ -198,6 +223,21 @@ def add_lora(unet, rank, alpha=None, generator=None):
         updates.append(update)
         parametrize.register_parametrization(layer, "weight", update)  # layer.weight: update(W)
     return updates
+
+
+def move_to_learn(sd, device, precision, method):
+    """Bring a model to the device. For LoRA, what stays frozen is in half precision (frozen_dtype).
+
+    Not so the layers that LoRA changes: W + ΔW would round back to W while ΔW is small.
+    """
+    dtype = None
+    kept = []
+    if method.lora is not None:
+        dtype = frozen_dtype(sd.unet, precision)
+        kept = attention_projections(sd.unet).values()
+    move(sd.unet, device, dtype, kept)
+    move(sd.vae, device, dtype)
+    move(sd.text_encoder, device, dtype)
 
 
 def save_lora(unet, path):

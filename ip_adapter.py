@@ -24,6 +24,7 @@ from aggregators import make_aggregator
 from ddpm import guide, q_sample, sample
 from support.checkpoints import adapter_sizes, check_adapter, read_adapter
 from support.configs import naming
+from support.devices import is_large
 from support.files import save_tensors
 from support.finite import check_finite
 
@@ -269,9 +270,20 @@ def generate(sd, c_t, null_c_t, c_i=None, null_c_i=None, w=4.0, lam=1.0, steps=3
     check_finite(text_encoder=c_t, adapter=c_i)
     x_T = draw_noise(sd.unet, range(seed, seed + len(c_t))).to(c_t.device)
     eps_fn = make_guided_eps(sd.unet, c_t, c_i, null_c_t, null_c_i, w, lam)
-    generator = torch.Generator(c_t.device).manual_seed(seed + 2**31)  # no seed of draw_noise
+    generator = torch.Generator().manual_seed(seed + 2**31)  # no seed of draw_noise
     z_0 = sample(eps_fn, x_T, sd.schedule, steps, sampler, generator, progress)
     check_finite(UNet=z_0)
     images = sd.decode_latents(z_0)
     check_finite(VAE=images)
     return images
+
+
+def generate_in_parts(sd, batch, c_t, null_c_t, c_i=None, null_c_i=None, seed=0):
+    """`generate`, of a large model at most `batch` pictures at once; null_c_t, null_c_i: one row."""
+    at_once = batch if is_large(sd.unet) else len(c_t)
+    pictures = []
+    for start in range(0, len(c_t), at_once):
+        rows = slice(start, start + at_once)
+        image = None if c_i is None else c_i[rows]
+        pictures.append(generate(sd, c_t[rows], null_c_t, image, null_c_i, seed=seed + start))
+    return torch.cat(pictures)

@@ -75,15 +75,18 @@ def embed_references(sd, adapter, images):
 def load_model(model, device, precision, image_encoder, lora):
     """The checkpoint in `precision`, with the LoRA file merged into its UNet if one is given.
 
-    The LoRA is merged in float32: in half precision its small updates would be rounded away.
+    The LoRA is merged in float32: in half precision its small updates would be rounded away; and on
+    the CPU, where there is room for float32.
     """
     dtype = DTYPE[precision]
-    sd = StableDiffusion.load(model, device, torch.float32 if lora else dtype, image_encoder)
     if lora:
+        sd = StableDiffusion.load(model, "cpu", torch.float32, image_encoder)
         load_lora(lora, sd)
         for network in (sd.unet, sd.vae, sd.text_encoder, sd.image_encoder):
             if network is not None:
-                network.to(dtype)
+                network.to(device, dtype)
+    else:
+        sd = StableDiffusion.load(model, device, dtype, image_encoder)
     if device.type == "cuda":  # as its convolutions like it; for the CPU see prepare_unet
         sd.unet.to(memory_format=torch.channels_last)
         sd.vae.to(memory_format=torch.channels_last)
@@ -122,8 +125,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="picture k starts from the noise of seed + "
         "k; of toy people, also which person")
     add_device_arguments(parser, precision="number format of the weights")
-    add("--compile", action="store_true", help="compile the UNet first: takes a minute, and on "
-        "CPUs a C++ compiler")
+    add("--compile", action="store_true", help="compile the UNet first, on GPUs: takes a minute")
     add("--benchmark", action="store_true", help="print warm-up, seconds a step and peak memory")
     add("--out", type=Path, default=Path("runs/sample.png"), help="picture to write")
     return parser.parse_args()
@@ -136,14 +138,29 @@ def check_arguments(args):
         raise ValueError("--benchmark with --steps 1: the first step only warms up, give it more")
 
 
-def find_references(model, refs, adapter_file, lora, seed, size):
-    """The reference pictures, none for text only, and the scene of an unseen toy person or None."""
-    if refs:
-        return [load_image(path) for path in refs], None
+def takes_toy_person(model, adapter_file, lora):
+    """Whether the references are an unseen toy person's, if none are given."""
     is_tiny = Path(model).resolve() == TINY.resolve()
-    if adapter_file and is_tiny and not lora:
-        return draw_unseen_person(seed, size)
-    return [], None
+    return is_tiny and adapter_file is not None and not lora
+
+
+def choose_image_encoder(args, adapter_file):
+    """The one to load: named, or beside the adapter, or None: in the model; False: none is needed."""
+    if args.image_encoder:
+        return args.image_encoder
+    if args.refs or takes_toy_person(args.model, adapter_file, args.lora):
+        return adapter_file and find_beside(adapter_file)
+    return False
+
+
+def find_references(args, adapter_file, size):
+    """The reference pictures, none for text only, and the prompt: --prompt, or a toy person's scene."""
+    if args.refs:
+        return [load_image(path) for path in args.refs], args.prompt
+    if not takes_toy_person(args.model, adapter_file, args.lora):
+        return [], args.prompt
+    references, scene = draw_unseen_person(args.seed, size)
+    return references, scene if args.prompt is None else args.prompt
 
 
 def check_request(args, references, prompt, adapter_file):
@@ -161,11 +178,9 @@ def main():
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     adapter_file = find_adapter(args.model, args.adapter)
-    image_encoder = args.image_encoder or (adapter_file and find_beside(adapter_file))
+    image_encoder = choose_image_encoder(args, adapter_file)
     sd = load_model(args.model, device, precision, image_encoder, args.lora)
-    references, scene = find_references(args.model, args.refs, adapter_file, args.lora, args.seed,
-                                        sd.image_size)
-    prompt = scene if args.prompt is None else args.prompt
+    references, prompt = find_references(args, adapter_file, sd.image_size)
     check_request(args, references, prompt, adapter_file)
 
     # The conditions: image tokens, the prompt's tokens, and those of "no condition".
@@ -177,6 +192,7 @@ def main():
         c_i = c_i.expand(args.n, -1, -1)
     c_t = sd.encode_prompts([prompt]).expand(args.n, -1, -1)
     null_c_t = sd.encode_prompts([args.negative])
+    sd.text_encoder = sd.image_encoder = None  # no longer needed: room for pictures
 
     # From noise to pictures.
     check_writable(args.out.parent)  # before the work, not after it

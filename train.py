@@ -26,11 +26,13 @@ from tqdm import tqdm
 from aggregators import AGGREGATORS
 from data import Features, digest_encoders, leave_one_out, load_people
 from dreambooth import (DreamBooth, add_lora, check_identifier, encode_files, make_class_images,
-                        prior_preservation_loss, save_lora, write_prompts)
-from ip_adapter import (IPAdapter, adapter_loss, draw_t_and_eps, drop_conditions, generate,
-                        validate_eq1)
-from support.checkpoints import ADAPTER, TINY, find_beside
-from support.devices import autocast, is_large, peak_memory, pick_device, pick_precision
+                        move_to_learn, prior_preservation_loss, save_lora, save_variations,
+                        write_prompts)
+from ip_adapter import (IPAdapter, adapter_loss, draw_t_and_eps, drop_conditions,
+                        generate_in_parts, validate_eq1)
+from support.checkpoints import ADAPTER, TINY, find_beside, find_inside
+from support.devices import (autocast, device_of, frozen_dtype, is_large, move, peak_memory,
+                             pick_device, pick_precision)
 from support.distributed import (agree, begin_alike, first_alone, is_first, my_share, processes,
                                  sum_gradients, sum_over_processes)
 from support.files import digest, digest_bytes, digest_file
@@ -102,9 +104,9 @@ def fit(task, out, options, settings=None):
     """ε_θ* = argmin L(ε, ε_θ)   (eq. 2), by AdamW. Returns the log's rows (support/history.py).
 
     Writes the log out/<name>.csv and the checkpoint out/<name>.pt every `options.every` steps.
-    settings: what else the result depends on; --resume refuses a checkpoint with other ones.
-    ValueError at a loss or gradient that is not finite: the checkpoint before it stays. Ctrl-C and
-    SIGTERM finish the step, write a checkpoint and raise KeyboardInterrupt.
+    settings: what else the result depends on; --resume refuses other ones. ValueError at a loss or
+    gradient that is not finite: the checkpoint before it stays. Ctrl-C and SIGTERM finish the step,
+    write a checkpoint and raise KeyboardInterrupt.
     """
     parameters = [weight for weight in task.module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(parameters, options.lr, weight_decay=0.01)
@@ -195,18 +197,16 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     if not init.is_file():
         hint = f"name one with --init (ip-adapter_sd15.safetensors), or another --model than {model}"
         raise ValueError(f"{init}: no such adapter to start from; {hint}")
-    sd = StableDiffusion.load(model, device, image_encoder=image_encoder or find_beside(init))
-    adapter = IPAdapter.load(init, sd.unet, agg=agg)
+    sd = StableDiffusion.load(model, image_encoder=image_encoder or find_beside(init))
+    adapter = IPAdapter.load(init, sd.unet, agg=agg).to(device)
     options = options.complete("adapter", sd.unet)
-    base = f"{digest(sd.unet)} {digest_encoders(sd)} {digest_file(init)}"
+    encoders = digest_encoders(sd)
+    base = f"{digest(sd.unet)} {encoders} {digest_file(init)}"
     learned, held_out = load_people(data, sd.image_size, people)
     shots = [photo for person in learned + held_out for photo in person.photos]
     photos = digest_bytes([(shot.key, shot.prompt) for shot in shots])
-    with autocast(device, options.precision), first_alone():
-        features = Features(sd, learned)
-        held = Features(sd, held_out)
-    vae = sd.vae.cpu()  # the encoders' work is done: no room for them on a GPU
-    sd.vae = sd.text_encoder = sd.image_encoder = None
+    vae = sd.vae
+    features, held = encode_people(sd, learned, held_out, encoders, options)
     sd.unet.gradient_checkpointing = options.checkpointing
     task = adapter_task("adapter", sd, adapter, features, held, device)
     rows = fit(task, out, options, dict(agg=agg, people=people, base=base, photos=photos))
@@ -225,6 +225,21 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     print(f"peak memory {peak_memory(device):.2f} GB")
 
 
+def encode_people(sd, learned, held_out, encoders, options):
+    """The frozen features of both; first the encoders are on the device, then the UNet: never both."""
+    device = options.device
+    dtype = frozen_dtype(sd.unet, options.precision)
+    for network in (sd.vae, sd.text_encoder, sd.image_encoder):
+        move(network, device, dtype)
+    with autocast(device, options.precision), first_alone():
+        features = Features(sd, learned, encoders)
+        held = Features(sd, held_out, encoders)
+    sd.vae.cpu()
+    sd.vae = sd.text_encoder = sd.image_encoder = None
+    move(sd.unet, device, dtype)
+    return features, held
+
+
 @torch.inference_mode()
 def save_samples(sd, adapter, held, path, options, people=6):
     """The references of held-out people, the removed photo, what the adapter makes of its prompt."""
@@ -240,10 +255,10 @@ def save_samples(sd, adapter, held, path, options, people=6):
     c_i = adapter.tokens(embeds)
     null_c_i = adapter.tokens(torch.zeros_like(embeds[:1]))
     shown = torch.cat([references, target[:, None]], dim=1)  # (P, n)
-    latents = held.z_0[shown.flatten()].to(device).split(1 if sd.image_size > 128 else 64)
+    null_c_t = held.null_c_t.to(device)
     with autocast(device, options.precision):
-        made = generate(sd, c_t, held.null_c_t.to(device), c_i, null_c_i, seed=options.seed)
-        photos = torch.cat([sd.decode_latents(z) for z in latents]).float()
+        made = generate_in_parts(sd, options.batch, c_t, null_c_t, c_i, null_c_i, options.seed)
+        photos = sd.decode_latents(held.z_0[shown.flatten()]).float()
     photos = photos.unflatten(0, shown.shape)
     rows = [[*photos[p], made[p]] for p in range(len(groups))]
     columns = [f"reference {k}" for k in range(1, n)] + ["removed", "generated"]
@@ -304,12 +319,12 @@ def fine_tune(sd, texts, z_0, z_pr, out, options, method, settings=None):
     idle = [sd.vae, sd.image_encoder]
     if not method.train_text_encoder:
         idle.append(sd.text_encoder)
-    idle = [network for network in idle if network is not None]
-    for network in idle:
+    places = {network: device_of(network) for network in idle if network is not None}
+    for network in places:
         network.cpu()
     rows = fit(task, out, options, settings)
-    for network in idle:
-        network.to(options.device)
+    for network, place in places.items():
+        network.to(place)
     return rows
 
 
@@ -320,18 +335,23 @@ def train_dreambooth(out, options, method, model, images, identifier, noun):
     """
     files = picture_files(images)
     texts = write_prompts(identifier, noun)
-    sd = StableDiffusion.load(model, options.device)
+    # An image encoder is not used: what is written holds the one that the folder `model` holds.
+    sd = StableDiffusion.load(model, image_encoder=method.lora is None and find_inside(model))
     began = time.perf_counter()
+    options = options.complete("dreambooth" if method.lora is None else "lora", sd.unet)
     base = digest(sd.unet, sd.text_encoder, sd.vae)
     photos = digest_bytes(*files)
     settings = dict(vars(method), base=base, photos=photos, noun=noun, identifier=identifier)
     check_identifier(sd.tokenizer, identifier)
+    move_to_learn(sd, options.device, options.precision, method)
     generator = torch.Generator().manual_seed(options.seed)
     with autocast(options.device, options.precision):
         z_0 = encode_files(sd, files, generator)
         z_pr = z_0[:0]
         if method.prior_weight:
-            pictures = make_class_images(sd, texts[1], out, method.class_images, options.seed)
+            at_once = options.batch if is_large(sd.unet) else 8
+            pictures = make_class_images(sd, texts[1], out, method.class_images, options.seed,
+                                         batch=at_once, model=base)
             z_pr = encode_files(sd, pictures, generator)
     rows = fine_tune(sd, texts, z_0, z_pr, out, options, method, settings)
     if not is_first():
@@ -345,23 +365,9 @@ def train_dreambooth(out, options, method, model, images, identifier, noun):
     report(rows, out, f"DreamBooth, {identifier} {noun}", written)
     print(f"with all pictures {time.perf_counter() - began:.0f} s")
     with autocast(options.device, options.precision):
-        save_variations(sd, f"{identifier} {noun}", noun, out / "samples.png", options.seed)
+        save_variations(sd, f"{identifier} {noun}", noun, out / "samples.png", options.seed,
+                        options.batch)
     print(f"peak memory {peak_memory(options.device):.2f} GB")
-
-
-def save_variations(sd, person, noun, path, seed, count=4):
-    """A column each: the person, the class (what the prior preserved), the person in two scenes."""
-    prompts = {
-        "identity": f"a photo of a {person}",
-        "class": f"a photo of a {noun}",
-        "hat": f"a photo of a smiling {person} wearing a hat, green background",
-        "sunglasses": f"a photo of a surprised {person} wearing sunglasses, blue background",
-    }
-    *c_t, null_c_t = sd.encode_prompts([*prompts.values(), ""]).float().split(1)
-    made = [generate(sd, c.expand(count, -1, -1), null_c_t, seed=seed) for c in c_t]
-    rows = [[column[k] for column in made] for k in range(count)]
-    save_grid(path, rows, list(prompts))
-    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------- command line

@@ -375,7 +375,7 @@ class StableDiffusion:
         """Read a checkpoint: a folder in diffusers' layout, a hub id, a .safetensors or .ckpt file.
 
         image_encoder: folder or hub id (h94/IP-Adapter) of Γ_i; default: the one in or beside the
-        checkpoint, if any. config: for a single file, see support.checkpoints.Checkpoint.
+        checkpoint, if any; False: none. config: for a single file, see checkpoints.Checkpoint.
         FileNotFoundError names a missing part, ValueError a tensor or setting that does not fit.
         """
         files = checkpoints.Checkpoint(path, dtype, config)
@@ -428,7 +428,8 @@ class StableDiffusion:
     def decode_latents(self, z):
         """x = VAE⁻¹(z/s), clamped.   z (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]."""
         z = match(z, self.vae) / self.vae.config["scaling_factor"]
-        return self.vae.decode(z).clamp(-1, 1)
+        at_once = 1 if z.shape[2:].numel() >= 64**2 else len(z)  # 512 × 512 pixels need 0.7 GB
+        return torch.cat([self.vae.decode(part).clamp(-1, 1) for part in z.split(at_once)])
 
     @torch.no_grad()
     def embed_images(self, images):
@@ -445,6 +446,5 @@ class StableDiffusion:
             hint = "name the folder or hub id of one (h94/IP-Adapter)"
             raise ValueError(f"the checkpoint has no image encoder: {hint}")
         size = self.image_encoder.config.image_size
-        mean = self.preprocessor["image_mean"]
-        std = self.preprocessor["image_std"]
-        return clip_pixels(images, size, mean, std)
+        colours = (self.preprocessor["image_mean"], self.preprocessor["image_std"])
+        return clip_pixels(images, size, *colours)

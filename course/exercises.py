@@ -1,9 +1,9 @@
 """Exercises: write the paper's functions yourself; the repository's tests grade them.
 
-    python -m course.exercises start          copies the code to runs/course, with 15 exercises in it
-    python -m course.exercises check          one line an exercise: not begun, wrong or right
-    python -m course.exercises check 3        that one, with what came out and a hint
-    python -m course.exercises solution 3     ours
+    python -m course.exercises start         copies the code to runs/course, with 15 exercises
+    python -m course.exercises check         one line an exercise: not begun, wrong or right
+    python -m course.exercises check 3       that one, with what came out and a hint
+    python -m course.exercises solution 3    ours
 """
 
 import argparse
@@ -33,7 +33,7 @@ def list_files():
 
 def start(folder):
     """Write the files that are not there yet; those that are there stay as they are."""
-    from support.files import write_text  # here: it imports torch, and `check` need not wait for that
+    from support.files import write_text  # here: it imports torch, which takes seconds
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a new folder")
@@ -109,7 +109,10 @@ def receive(receiver, limit):
 
 
 def check(folder, numbers):
-    """Print a line an exercise; with `numbers` only these, in detail. Returns how many are not right."""
+    """Print a line an exercise; with `numbers` only these, in detail.
+
+    Returns how many are not right. ValueError if the folder is none of ours.
+    """
     if not (folder / MARK).exists():
         advice = "begin with: python -m course.exercises start"
         raise ValueError(f"{folder} is no folder of exercises; {advice}")
@@ -141,7 +144,7 @@ def list_notes(folder):
     notes = []
     graded = {exercise.file for exercise in EXERCISES}
     for file in list_files():
-        use = "is used when its exercises are graded" if file in graded else "is not used for grading"
+        use = "is used for its exercises" if file in graded else "is not used for grading"
         try:
             changed = find_changes(file, (folder / file).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -175,10 +178,11 @@ def main():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("start", help="copy the code, with empty functions in it")
-    command.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="default: runs/course")
+    where = "default: runs/course"
+    command.add_argument("folder", nargs="?", type=Path, default=FOLDER, help=where)
     command = commands.add_parser("check", help="grade what is done")
     command.add_argument("numbers", nargs="*", type=int, metavar="N", help="default: all exercises")
-    command.add_argument("--folder", type=Path, default=FOLDER, help="default: runs/course")
+    command.add_argument("--folder", type=Path, default=FOLDER, help=where)
     command = commands.add_parser("solution", help="show ours")
     command.add_argument("number", type=int, metavar="N")
     args = parser.parse_args()

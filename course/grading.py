@@ -1,4 +1,4 @@
-"""Grade an exercise: import a student's module in place of ours, and run the tests that claim something.
+"""Grade an exercise: import a student's module in place of ours, and run its tests.
 
 The tests are the repository's; so are all other modules, and the functions of the other exercises.
 The module under test is the student's whole file, with his helpers, imports and constants.
@@ -61,7 +61,8 @@ def run_claims(exercise, tree, file):
             for case in list_cases(test):
                 error = find_error(test, case)
                 if error is not None:
-                    return explain(error, write_claim(name, case), exercise.hints.get(name, ""), file)
+                    claim = write_claim(name, case)
+                    return explain(error, claim, exercise.hints.get(name, ""), file)
     return Verdict("right")
 
 
@@ -170,7 +171,7 @@ def show_value(error, file):
 
 
 def write_gist(error):
-    """The one line of an error's message that says most, with the kind of error if that is needed."""
+    """The one line of an error's message that says most, and its kind if that is needed."""
     lines = str(error).splitlines() or [""]
     for line in lines:
         if "absolute difference" in line.lower():  # of torch.testing

@@ -1,4 +1,4 @@
-"""The exercises, in the order of the lectures: which functions are emptied, and which tests grade them."""
+"""The exercises, in the order of the lectures: functions that are emptied, tests that grade them."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class Exercise:
     functions: list  # their names in the one module: ["q_sample"], ["MaxPooling.forward", …]
     module: str  # "ddpm"
     tests: list  # names in tests/test_<module>.py; they take no fixtures
-    hints: dict = field(default_factory=dict)  # test -> what to look at if it is the first that fails
+    hints: dict = field(default_factory=dict)  # test -> what to look at if it fails
     given: dict = field(default_factory=dict)  # function -> start of the last statement that stays
 
     @property
@@ -28,7 +28,8 @@ EXERCISES = [
         ["test_eq8_marginal_equals_iterated_eq6",
          "test_predict_x0_inverts_eq8",
          "test_eq9_marginal_is_gaussian_with_mean_sqrt_alpha_bar_x0_and_variance_1_minus_alpha_bar"],
-        {"test_eq8_marginal_equals_iterated_eq6": "both factors are square roots, of ᾱ and not of α",
+        {"test_eq8_marginal_equals_iterated_eq6":
+            "both factors are square roots, of ᾱ and not of α",
          "test_predict_x0_inverts_eq8": "is the noise added, with a plus?"},
     ),
     Exercise(
@@ -45,7 +46,7 @@ EXERCISES = [
         ["test_ddim_is_its_formula_stride_by_stride",
          "test_ddim_of_a_model_that_knows_x0_ends_one_step_noisy"],
         {"test_ddim_is_its_formula_stride_by_stride":
-            "strides go from the last time step down; the model is told t, the new noise is that of s",
+            "strides go from the last time step down; the model is told t, the noise is that of s",
          "test_ddim_of_a_model_that_knows_x0_ends_one_step_noisy":
             "the last stride ends at s = 0, at ᾱ₀ and not at 1"},
     ),
@@ -114,7 +115,7 @@ EXERCISES = [
         11, 4, "section 3.3", ["drop_conditions"], "ip_adapter",
         ["test_text_image_and_both_are_dropped_with_probability_p_each"],
         {"test_text_image_and_both_are_dropped_with_probability_p_each":
-            "three events that exclude each other, each of probability p; one number u a row decides"},
+            "three events that exclude each other, each of probability p; one u a row decides"},
     ),
     # ------------------------------------------------ 5: DreamBooth and LoRA
     Exercise(
@@ -135,7 +136,8 @@ EXERCISES = [
     ),
     # ------------------------------------------------ 6: metrics
     Exercise(
-        14, 6, "eq. 4", ["textbook_frechet_distance", "frechet_distance", "Gaussian.sigma"], "metrics",
+        14, 6, "eq. 4", ["textbook_frechet_distance", "frechet_distance", "Gaussian.sigma"],
+        "metrics",
         ["test_eq4_in_one_dimension_is_a_distance_of_means_and_standard_deviations",
          "test_eq4_textbook_form_of_commuting_covariances",
          "test_eq4_equal_covariances_leave_the_squared_distance_of_the_means",
@@ -157,7 +159,7 @@ EXERCISES = [
         {"test_eq5_uniform_posteriors_give_1_and_balanced_certain_ones_give_K":
             "0·log 0 is 0 (torch.xlogy); mean over pictures, then exp",
          "test_eq5_marginals_differ_for_unbalanced_classes":
-            "p(y) is the mean of p(y|x) over the pictures, or 1/K; and 0/0 is NaN, so take log p − log q",
+            "p(y) is the mean of p(y|x), or 1/K; and 0/0 is NaN, so take log p − log q",
          "test_eq5_uniform_marginal_is_K_over_the_exponential_of_the_mean_entropy":
             "p is float64: 1/K must be, too",
          "test_eq5_every_split_has_its_own_marginal": "p(y) is the mean over the split's pictures"},

@@ -106,7 +106,7 @@ def is_untouched(exercise, tree):
 def use_ours_elsewhere(exercise, tree):
     """In a student's tree, put ours in place of the functions of the module's other exercises.
 
-    So an exercise is graded by itself, whatever the others are. ValueError if a function is missing.
+    So an exercise is graded by itself, whatever the others are. ValueError if one is missing.
     """
     theirs = find_functions(tree)
     ours = find_functions(ast.parse(read_ours(exercise.file)))

@@ -1,31 +1,73 @@
-"""The adapters that tables compare: all trained by one recipe, the missing ones are trained now."""
+"""The adapters that tables compare: all trained by one recipe, the missing ones are trained now.
+
+The toy world's are made by train.py, into runs/<aggregator>. One more control is made here:
+same-photo, the single-image adapter trained on as IP-Adapter is, for the same budget. Every photo is
+its own and only reference, so the difference to the others is leave-one-out.
+"""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from support.checkpoints import TINY, read_adapter
-from support.files import digest
+import torch
+
+from data import Features, digest_encoders, load_people
+from ip_adapter import IPAdapter
+from support.checkpoints import ADAPTER, TINY, read_adapter
+from support.devices import autocast
+from support.distributed import environment_alone
+from support.files import digest, digest_file
+from support.history import report
+from train import Options, adapter_task, fit
+from unet import StableDiffusion
 
 OPTIONS = ("data", "people", "steps", "batch", "lr", "seed", "precision", "init")  # of train.py
 RECIPE = (*OPTIONS, "base")  # what it writes into its files: these, and digests of the weights
+SAME_PHOTO = "same-photo"
 
 
-def find_adapters(runs, device, unet, *names):
-    """{aggregator: its file in the folder `runs`}, trained if it is missing.
+def find_adapters(runs, device, *names):
+    """{name: its file in the folder `runs`}, trained if it is missing.
 
-    ValueError unless all were trained on `unet`, by the recipe of the first one.
+    names: of aggregators, or same-photo. ValueError unless all were trained on the weights of
+    weights/tiny, by the recipe of the first one.
     """
+    unet = StableDiffusion.load(TINY).unet
     files = {name: runs / name / "ip-adapter.safetensors" for name in names}
     recipe = {}
     for name, file in files.items():
-        if not file.is_file():
+        if not file.is_file() and name == SAME_PHOTO:
+            train_on_itself(file, device, recipe)
+        elif not file.is_file():
             train_adapter(file, name, device, recipe)
         _, metadata = read_adapter(file)
         if not recipe:
             recipe = {key: metadata.get(key, "known") for key in RECIPE}
         check_recipe(file, metadata, recipe, unet, names[0])
     return files
+
+
+def name_adapter(file):
+    """What a trained adapter is, by its own words: an aggregator, or same-photo."""
+    _, metadata = read_adapter(file)
+    return metadata.get("references", metadata.get("agg", "none"))
+
+
+def list_given(selfattn, others):
+    """{name: file} of the adapters that the user names.
+
+    ValueError: one that is none, two of one kind, or `selfattn` is of another aggregator.
+    """
+    found = {}
+    for file in [selfattn, *others] if selfattn else others:
+        name = name_adapter(file)
+        if file == selfattn and name != "selfattn":
+            raise ValueError(f"--selfattn {file} is of the aggregator {name}: name it in --trained")
+        if name in found:
+            both = f"{found[name]} and {file}"
+            raise ValueError(f"{both} are both of the aggregator {name}: give one")
+        found[name] = file
+    return found
 
 
 def train_adapter(file, agg, device, recipe):
@@ -36,15 +78,37 @@ def train_adapter(file, agg, device, recipe):
     for option in OPTIONS:
         if recipe:
             words += [f"--{option}", recipe[option]]
-    with subprocess.Popen([str(word) for word in words]) as training:
+    words = [str(word) for word in words]
+    with subprocess.Popen(words, env=environment_alone()) as training:
         try:
             failed = training.wait()
         except KeyboardInterrupt:
-            training.wait()  # it ends its step and writes a checkpoint
+            training.terminate()  # it ends its step and writes a checkpoint
+            training.wait()
             raise
     if failed:
         hint = f"if {file.parent} holds a checkpoint of other options, move it away"
         raise ValueError(f"{file} is missing, and training it failed; {hint}")
+
+
+def train_on_itself(file, device, recipe):
+    """same-photo, with the options of `recipe`; Ctrl-C leaves a checkpoint that is gone on from."""
+    steps, batch, people = int(recipe["steps"]), int(recipe["batch"]), int(recipe["people"])
+    options = Options(torch.device(device), recipe["precision"], steps, batch,
+                      float(recipe["lr"]), seed=int(recipe["seed"]), resume=True)
+    init = Path(recipe["init"])
+    sd = StableDiffusion.load(TINY, device)
+    adapter = IPAdapter.load(init, sd.unet)
+    base = f"{digest(sd.unet)} {digest_encoders(sd)} {digest_file(init)}"
+    learned, held_out = load_people(recipe["data"], sd.image_size, people)
+    with autocast(options.device, options.precision):
+        features = Features(sd, learned)
+        held = Features(sd, held_out)
+    task = adapter_task("adapter", sd, adapter, features, held, options.device, alone=True)
+    settings = dict(agg=adapter.agg, people=people, base=base, references=SAME_PHOTO)
+    rows = fit(task, file.parent, options, settings)
+    adapter.save(file, {**recipe, "base": base, "references": SAME_PHOTO})
+    report(rows, file.parent, "adapter, trained on the same photo", file)
 
 
 def check_recipe(file, metadata, recipe, unet, first):

@@ -38,7 +38,7 @@ from support.devices import autocast, device_of, pick_device, pick_precision
 from support.distributed import processes, refuse_torchrun
 from support.files import check_writable, load_or_compute
 from support.pictures import open_photos, to_bytes, to_tensor
-from support.program import add_device_arguments, make_parser, require_at_least, run
+from support.program import add_device_arguments, make_parser, run
 from toyfaces import drawing
 from toyfaces.captions import write_caption
 from toyfaces.drawing import ATTRIBUTES
@@ -551,7 +551,6 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     refuse_torchrun("experiments.base")
-    require_at_least(1, args, "people", "steps", "accumulate", "every")
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     options = Options(

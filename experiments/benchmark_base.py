@@ -14,14 +14,14 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from experiments.base import encode_and_decode, make_faces
-from ip_adapter import generate
+from experiments.makers import make_pictures
+from experiments.plan import Settings
 from support.checkpoints import TINY
 from support.devices import autocast, pick_device, pick_precision
 from support.pictures import to_tensor
-from support.program import make_parser, require_at_least, run
+from support.program import make_parser, run
 from toyfaces.captions import describe_traits, write_prompt
 from toyfaces.drawing import ATTRIBUTES, IDENTITY, SCENE, visible_attributes
 from toyfaces.judge import FeatureNet, label_tensors, share_right
@@ -51,17 +51,6 @@ def find_named(traits):
     return torch.tensor(named)
 
 
-def make_pictures(sd, captions):
-    """Pictures of n captions -> (n, 3, 64, 64) in [−1, 1], on the CPU."""
-    null_c_t = sd.encode_prompts([""])
-    made = []
-    for start in tqdm(range(0, len(captions), BATCH), "pictures", leave=False):
-        c_t = sd.encode_prompts(captions[start : start + BATCH])
-        images = generate(sd, c_t, null_c_t, w=4.0, steps=20, seed=start)
-        made.append(images.float().cpu())
-    return torch.cat(made)
-
-
 def score(judge, images, classes, asked, device):
     """Share of right answers for every attribute: a list of A numbers, nan where none is asked for.
 
@@ -74,11 +63,12 @@ def score(judge, images, classes, asked, device):
     return share_right(answers, classes, asked).tolist()
 
 
-def measure_columns(sd, judge, faces, pictures, device):
+def measure_columns(sd, judge, faces, pictures, settings):
     """{column: share of right answers for every attribute}.
 
-    pictures: how many to make for each of the last two columns.
+    pictures: how many to make for each of the last two columns, as `settings` say.
     """
+    device = settings.device
     classes, seen = label_tensors(faces.labels)
     labels = faces.labels[:pictures]
     rng = np.random.default_rng(0)
@@ -96,7 +86,7 @@ def measure_columns(sd, judge, faces, pictures, device):
     n = len(labels)
     for column, names in {"scene": [[]] * n, "traits": traits}.items():
         captions = [write_long_caption(one, some) for one, some in zip(labels, names)]
-        images = make_pictures(sd, captions)
+        images = to_tensor(make_pictures(sd, captions, settings, settings.seed))
         asked = seen[:n] & find_named(names)
         columns[column] = score(judge, images, classes[:n], asked, device)
     return columns
@@ -115,14 +105,14 @@ def main():
     parser.add_argument("--pictures", type=int, default=512, help="pictures to make, at most as "
                         "many as photos, for each of two kinds of captions")
     args = parser.parse_args()
-    require_at_least(1, args, "people", "pictures")
     device = pick_device("auto")
+    settings = Settings(device, pick_precision("auto", device), seed=0, batch=BATCH)
     faces = make_faces(args.people, seed=2)
     pictures = min(args.pictures, len(faces.labels))
     sd = StableDiffusion.load(TINY, device)
     judge = FeatureNet.load(TINY / "feature_net").to(device)
-    with torch.inference_mode(), autocast(device, pick_precision("auto", device)):
-        columns = measure_columns(sd, judge, faces, pictures, device)
+    with torch.inference_mode(), autocast(device, settings.precision):
+        columns = measure_columns(sd, judge, faces, pictures, settings)
     made = f"{pictures} pictures of a scene in words, as many of it and five traits"
     print(f"{len(faces.labels)} photos, their VAE round trips, {made} (w = 4, 20 steps)")
     print_columns(columns)

@@ -24,7 +24,8 @@ import torch
 
 from data import ToyFaces
 from dreambooth import DreamBooth, make_class_images
-from experiments.exam import REFERENCES, VERSION, Settings, make_pictures, teach_person
+from experiments.makers import make_pictures, teach_person
+from experiments.plan import REFERENCES, VERSION, Settings
 from experiments.scores import format_cell
 from metrics import bootstrap_ci
 from support.checkpoints import TINY
@@ -63,7 +64,7 @@ def measure_fidelity(sd, judge, person, settings):
     scenes = person.photos[REFERENCES:]
     prompts = ["a sks person"] * 8
     prompts += [photo.prompt.replace("person", "sks person") for photo in scenes]
-    pictures = make_pictures(sd, prompts, settings, settings.seed)["x"]
+    pictures = make_pictures(sd, prompts, settings, settings.seed)
     labels = []
     for accessory in find_accessories(judge, pictures[:8], settings.device).tolist():
         labels.append({**person.photos[0].labels, "accessory": accessory})
@@ -81,7 +82,7 @@ def measure_diversity(sd, judge, labels, settings, count):
     """
     fast = replace(settings, steps=10, batch=100)
     prompts = ["a person"] * (count * 6 // 5)
-    pictures = make_pictures(sd, prompts, fast, settings.seed + 10_000)["x"]
+    pictures = make_pictures(sd, prompts, fast, settings.seed + 10_000)
     bare = find_accessories(judge, pictures, settings.device) != HAT
     pictures = pictures[bare][:count]
     probs = grade(judge, pictures, [labels] * len(pictures), settings.device)["probs"]
@@ -99,7 +100,7 @@ def measure(sd, judge, person, method, settings, steps, lr, count, base):
         photos = np.stack([np.asarray(photo.image) for photo in person.photos[:REFERENCES]])
         photos = torch.from_numpy(photos).permute(0, 3, 1, 2)  # (9, 3, H, W)
         began = time.perf_counter()
-        model = teach_person(sd, photos, settings, method, steps, lr)
+        model = teach_person(sd, photos, "person", settings, method, steps, lr)
         minutes = (time.perf_counter() - began) / 60
         hair = measure_diversity(model, judge, labels, settings, count)
     fidelity = measure_fidelity(model, judge, person, settings)

@@ -1,150 +1,229 @@
-"""The paper's Table 1 and Figure 6, with controls, on toy people that nobody was trained on.
+"""The paper's Table 1 and Figure 6, with controls, of people that nobody was trained on.
 
-    python -m experiments.table1
+    python -m experiments.table1                           toy people, weights/tiny
+    python -m experiments.table1 --model $SD --adapter $ADAPTER \
+        --selfattn runs/sd15/ip-adapter.safetensors --data path/to/lfw-deepfunneled \
+        --inception FILE --faces mobilefacenet.pt          the paper's
 
 Rows of the paper: one photo, DreamBooth, max, average, self-attention. Controls: text alone, the
-same leave-one-out training for other aggregators, a perfect method (the scenes asked for, drawn
-anew), real photos. What was made before is not made again.
+average of normalised embeddings, the same leave-one-out training for other aggregators, training on
+the same photo, a perfect method (the scenes asked for, drawn anew), real photos. First a plan is
+written (plan.py), then pictures are made (makers.py), then folders are scored (scores.py). What was
+made before is not made again. torchrun shares the pictures out.
 """
 
 from pathlib import Path
 
 import torch
 
-from experiments.adapters import find_adapters
-from experiments.base import encode_and_decode
-from experiments.exam import REFERENCES, Exam, Method, Settings
+from dreambooth import DreamBooth
+from experiments.adapters import find_adapters, list_given
+from experiments.judging import Judges
+from experiments.makers import Maker
+from experiments.photos import load_for_pictures, read_pictures
+from experiments.plan import Method, Settings, make_plan
 from experiments.scores import Table
-from support.checkpoints import ADAPTER, TINY
+from support.checkpoints import ADAPTER, TINY, find_beside
+from support.claim import claim
 from support.devices import pick_device, pick_precision
-from support.pictures import save_grid, to_bytes, to_tensor
+from support.distributed import check_device, first_alone, is_first, processes
+from support.judges import load_face_judge, load_judge
+from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
-from support.program import make_parser, require_at_least, run
-from toyfaces.drawing import draw_face
-from unet import StableDiffusion
+from support.program import device_name, file_path, make_parser, run
 
-BEST = "IP-Adapter + Self-Attention"  # the paper's method: the others are compared with it
+BEST = "selfattn"  # the paper's method: the others are compared with it
+TITLES = {  # of the adapters that were trained on; the paper's row is self-attention
+    "selfattn": "IP-Adapter + Self-Attention",
+    "max": "Max, fine-tuned",
+    "avg": "Avg, fine-tuned",
+    "concat": "Concat, fine-tuned",
+    "none": "One photo, fine-tuned",
+    "same-photo": "One photo, fine-tuned on itself",
+}
 
 
-def run_methods(exam, table, files, with_dreambooth):
-    """The rows of the paper and the controls that make pictures -> {name: pictures}."""
-    shipped = TINY / ADAPTER
-    paper = {
-        "IP-Adapter": Method(shipped, "none"),
-        "DreamBooth": None,
-        "IP-Adapter + Max Pooling": Method(shipped, "max"),
-        "IP-Adapter + Avg Pooling": Method(shipped, "avg"),
-        BEST: Method(files["selfattn"], "selfattn"),
-    }
-    controls = {"text only": Method()}
-    for agg in ("max", "avg", "concat"):
-        controls[f"{agg.title()}, fine-tuned"] = Method(files[agg], agg)
+def list_methods(single, trained, with_dreambooth):
+    """{folder: Method} of the paper's rows and then of the controls.
 
-    pictures = {}
-    for name, method in {**paper, **controls}.items():
-        if name == "text only":
+    single: the adapter of one photo; trained: {aggregator or "same-photo": file}.
+    """
+    methods = {"one-photo": Method("IP-Adapter", single, "none")}
+    if with_dreambooth:
+        methods["dreambooth"] = Method("DreamBooth", dreambooth=DreamBooth())
+    methods["max"] = Method("IP-Adapter + Max Pooling", single, "max")
+    methods["avg"] = Method("IP-Adapter + Avg Pooling", single, "avg")
+    if BEST in trained:
+        methods[BEST] = Method(TITLES[BEST], trained[BEST], "selfattn")
+    # The controls.
+    methods["text-only"] = Method("text only")
+    title = "IP-Adapter + Avg Pooling, normalised"
+    methods["avg-normalised"] = Method(title, single, "avg", normalise=True)
+    for name, file in trained.items():
+        if name != BEST:
+            agg = "none" if name == "same-photo" else name
+            methods[f"{name}-trained"] = Method(TITLES[name], file, agg)
+    return methods
+
+
+# ---------------------------------------------------------------- rows and pictures
+
+
+def add_rows(table):
+    """All rows: the methods, then what a perfect method, the VAE and real photos score."""
+    for name in table.plan.methods:
+        if name == "text-only":
             table.print_heading("controls")
-        if name == "DreamBooth" and not with_dreambooth:
-            continue
-        made = exam.make(method) if method else exam.make_with_dreambooth()
-        table.add(name, made["x"], made["seconds"])
-        pictures[name] = made["x"]
-    return pictures
+        table.add_method(name)
+    if table.plan.knows_truth:
+        table.add_folder("the scenes asked for, drawn anew", "drawn-anew")
+    table.add_round_trips("VAE round trip of real photos")
+    table.add("other real photos of the same people", table.others)
+    if not table.plan.knows_truth:
+        table.add("real photos of strangers", table.read_photos("real", shift=1))
 
 
-def add_real_rows(exam, table):
-    """What a perfect method, the VAE, and real photos of the same people score."""
-    drawn = []
-    for p, person in enumerate(exam.people):
-        for k, q in enumerate(exam.target):
-            labels = person.photos[REFERENCES + q].labels
-            drawn.append(draw_face(labels, {}, [p, k], exam.sd.image_size))
-    table.add("the scenes asked for, drawn anew", to_bytes(to_tensor(drawn)))
-
-    _, held, others = exam.pictures.split([REFERENCES, exam.n, exam.n], dim=1)
-    round_trips = torch.cat([encode_and_decode(exam.sd, photos) for photos in held])
-    first, second = torch.arange(2 * exam.n).split(exam.n)
-    table.add("VAE round trip of real photos", round_trips, scenes=first)
-    table.add("other real photos of the same people", others.flatten(0, 1), scenes=second)
-
-
-def save_figure_6(exam, pictures, path, people=8):
+def save_figure_6(plan, path, people=8):
     """A row a person: the first reference, then one picture of every method."""
-    columns = {"reference": exam.pictures[:, 0]}
-    for name, made in pictures.items():
-        columns[name.removeprefix("IP-Adapter + ")] = made[:: exam.n]  # the first of each person
-    rows = torch.stack(list(columns.values()), dim=1)[:people]  # (8, methods, 3, H, W)
-    rows = [list(to_tensor(row)) for row in rows]
-    captions = exam.prompts[:: exam.n][:people]
-    save_grid(path, rows, list(columns), captions, side=96)
+    folders = {"references": "reference"}
+    for name, method in plan.methods.items():
+        folders[name] = method.title.removeprefix("IP-Adapter + ")
+    rows, captions = [], []
+    for p in range(min(people, len(plan.subjects))):
+        files = [plan.files(folder, p)[0] for folder in folders]
+        rows.append(list(to_tensor(read_pictures(files))))
+        captions.append(plan.shots(p)[0].prompt)
+    save_grid(path, rows, list(folders.values()), captions, side=96)
 
 
-def check_size(settings):
-    if settings.people < 2 or min(settings.photos, settings.seeds) < 1 or (
-        settings.photos * settings.seeds < 2
-    ):
-        needs = "at least two people (--people), and two pictures of each (--photos times --seeds)"
-        raise ValueError(needs)
+def save_plane(table, path):
+    points = {}
+    for name, method in table.plan.methods.items():
+        if name != "text-only":  # so far away that it would push the others together
+            numbers = table.numbers[method.title]
+            points[method.title] = (numbers["FID ↓"], numbers[table.identity_column])
+    title = "Table 1: further up and left is better"
+    plot_plane(path, points, "FID ↓", table.identity_column, title)
+
+
+# ---------------------------------------------------------------- command line
 
 
 def add_exam_arguments(parser):
+    """What the table and the sweeps ask for."""
     parser.ranges["steps"] = (1, 1000)
     add = parser.add_argument
     add("--people", type=int, default=60, help="people, with nine references each")
     add("--photos", type=int, default=3, help="prompts a person")
     add("--seeds", type=int, default=3, help="pictures a prompt")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance w")
-    add("--steps", type=int, default=20, help="UNet evaluations a picture")
+    add("--steps", type=int, default=20, help="UNet evaluations a picture, 1 to 1000")
     add("--batch", type=int, default=32, help="pictures at once")
     add("--seed", type=int, default=2020, help="of the noise")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--runs", type=Path, default=Path("runs"), help="adapters; missing ones are trained")
-    add("--out", type=Path, default=Path("runs/table"), help="folder for tables and pictures")
+    add("--device", type=device_name, default="auto", help="auto, cpu, cuda or mps")
+    add("--runs", type=Path, default=Path("runs"), help="adapters of the toy world; missing ones "
+        "are trained")
+    add("--out", type=Path, default=Path("runs/table"), help="folder for plan, pictures and tables")
+    add = parser.add_argument_group("another model, other people, other judges").add_argument
+    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
+    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
+    add("--adapter", type=file_path, help="adapter of one photo (default: the one in --model)")
+    add("--selfattn", type=file_path, help="adapter that train.py trained from it: the paper's method")
+    add("--trained", type=file_path, nargs="+", default=[], help="more of them, with other aggregators")
+    add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
+    add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth, or toy: "
+        "FeatureNet (default: toy for toy people, else from torch.hub)")
+    add("--faces", metavar="FILE", help="mobilefacenet.pt of foamliu/MobileFaceNet")
+    add("--face-box", help="with --faces: deep-funneled, whole, or left,top,right,bottom in "
+        "fractions of the photo's centre square (default: deep-funneled)")
 
 
 def make_settings(args):
     """The Settings of the arguments of add_exam_arguments. ValueError if they make no exam."""
-    require_at_least(1, args, "batch", "steps")
+    if args.people < 2 or args.photos * args.seeds < 2:
+        needs = "at least two people (--people), and two pictures of each (--photos times --seeds)"
+        raise ValueError(needs)
+    if args.face_box and not args.faces:
+        raise ValueError("--face-box needs --faces, the file of a face recogniser")
     device = pick_device(args.device)
-    settings = Settings(device, pick_precision("auto", device), args.people, args.photos,
-                        args.seeds, args.guidance, args.steps, args.seed, args.batch)
-    check_size(settings)
-    return settings
+    check_device(device)
+    return Settings(device, pick_precision("auto", device), args.people, args.photos,
+                    args.seeds, args.guidance, args.steps, args.seed, args.batch)
 
 
-def make_table(settings, runs, out, with_dreambooth):
-    unet = StableDiffusion.load(TINY).unet
-    files = find_adapters(runs, settings.device, unet, "selfattn", "max", "avg", "concat")
-    exam = Exam(settings)
-    table = Table(exam)
-    pictures = run_methods(exam, table, files, with_dreambooth)
-    add_real_rows(exam, table)
-    table.add_differences(BEST)
-    table.write(out, "table")
-    save_figure_6(exam, pictures, out / "figure6.png")
-    points = {}
-    for name in pictures:
-        if name != "text only":  # so far away that it would push the others together
-            row = table.rows[name]
-            points[name] = (row["FID ↓"], row["identity ↑"])
-    title = "Table 1: further up and left is better"
-    plot_plane(out / "plane.png", points, "FID ↓", "identity ↑", title)
-    print(f"wrote {out}/figure6.png, {out}/plane.png")
+def load_judges(args, device):
+    """The judge of quality and that of faces or None."""
+    quality = args.inception
+    if quality is None and args.data == "toy":
+        quality = "toy"
+    faces = None
+    if args.faces:
+        faces = load_face_judge(args.faces, args.face_box or "deep-funneled", device)
+    return load_judge(quality, device=device), faces
 
 
+def find_files(args, device, names):
+    """The adapter of one photo, and {name: file} of the trained ones, of the wanted `names`.
+
+    The toy world's are found in --runs, or trained; for other models and people they are given.
+    """
+    single = args.adapter or Path(args.model) / ADAPTER
+    if not single.is_file():
+        hint = "name one with --adapter (ip-adapter_sd15.safetensors)"
+        raise ValueError(f"{single}: no such adapter; {hint}")
+    is_tiny = Path(args.model).resolve() == TINY.resolve()
+    if is_tiny and args.data == "toy" and not (args.adapter or args.selfattn or args.trained):
+        with first_alone():
+            return single, find_adapters(args.runs, device, *names)
+    if not args.selfattn:
+        print("note: no row of self-attention; name its adapter with --selfattn")
+    return single, list_given(args.selfattn, args.trained)
+
+
+def prepare(args, out, names):
+    """-> judges of quality and faces, the model, a plan without methods, and the adapters' files.
+
+    Everything that can be refused is refused before adapters are trained.
+    """
+    settings = make_settings(args)
+    judges = load_judges(args, settings.device)
+    single, trained = find_files(args, settings.device, names)
+    sd = load_for_pictures(args.model, settings, args.image_encoder or find_beside(single))
+    plan = make_plan(out, settings, sd, args.data)
+    return judges, sd, plan, single, trained
+
+
+def make_table(args):
+    names = ("selfattn", "max", "avg", "concat", "same-photo")
+    judges, sd, plan, single, trained = prepare(args, args.out, names)
+    plan.methods = list_methods(single, trained, not args.no_dreambooth)
+    Maker(plan, sd).make()
+    if not is_first():
+        return
+    table = Table(plan, Judges(plan, sd, *judges))
+    add_rows(table)
+    if BEST in plan.methods:
+        table.add_differences(TITLES[BEST])
+    table.write("table")
+    save_figure_6(plan, plan.out / "figure6.png")
+    save_plane(table, plan.out / "plane.png")
+    print(f"wrote {plan.out}/figure6.png, {plan.out}/plane.png")
+
+
+@processes()
 def main():
     parser = make_parser(__doc__)
     add_exam_arguments(parser)
     parser.add_argument("--no-dreambooth", action="store_true", help="leave out its row, which "
                         "takes most of the time")
     args = parser.parse_args()
-    settings = make_settings(args)
     try:
-        make_table(settings, args.runs, args.out, not args.no_dreambooth)
+        with claim(args.out):
+            make_table(args)
     except KeyboardInterrupt:
-        hint = "the same command goes on after the last finished row or person"
+        hint = "the same command goes on after the last finished pictures"
         raise KeyboardInterrupt(f"stopped; {hint}") from None
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "make fewer pictures at once (--batch)")

@@ -141,6 +141,12 @@ def locate_clip(path):
     return found
 
 
+def find_inside(checkpoint):
+    """The folder of the image encoder in a checkpoint's folder, or False."""
+    folder = Path(checkpoint) / "image_encoder"
+    return (folder / "config.json").is_file() and folder
+
+
 def find_beside(adapter):
     """The folder of an adapter file if it holds the image encoder too, as h94/IP-Adapter's `models`."""
     folder = Path(adapter).parent
@@ -238,10 +244,10 @@ class Checkpoint:
     def load_image_encoder(self, given, device):
         """The image encoder and the content of its preprocessor_config.json; None if there is none.
 
-        given: see find_image_encoder.
+        given: see find_image_encoder; False: none is wanted.
         """
-        folder = find_image_encoder(self.path, given, self.dtype)
-        if folder is None:
+        folder = given is not False and find_image_encoder(self.path, given, self.dtype)
+        if not folder:
             return None, CLIP_COLOURS
         config = read_settings(folder / "config.json", "image_encoder")
         name = "preprocessor_config.json"

@@ -13,13 +13,17 @@ from support.distributed import check_device
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
 
 
+def best_device():
+    """The name of the fastest kind of device here: what --device auto means."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def pick_device(name):
     """The torch.device of --device; auto: cuda, else mps, else cpu. ValueError if it is not here."""
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = best_device()
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
@@ -63,6 +67,27 @@ def is_large(unet):
 
 def device_of(module):
     return next(module.parameters()).device
+
+
+def frozen_dtype(unet, precision):
+    """What to keep frozen weights in while something else trains; None: as they are.
+
+    Half precision halves a large model, and autocast need not cast it at every step. The tiny
+    world's weights are small enough to stay in float32.
+    """
+    return DTYPE[precision] if is_large(unet) else None
+
+
+def move(network, device, dtype=None, keep=()):
+    """Bring a network to `device`, its weights into `dtype` (None: as they are). Returns it.
+
+    keep: layers of it whose weights are not rounded.
+    """
+    kept = {id(weight) for layer in keep for weight in layer.parameters()}
+    for weight in network.parameters():
+        if id(weight) not in kept:
+            weight.data = weight.data.to(dtype=dtype)
+    return network.to(device)
 
 
 def peak_memory(device):

@@ -1,4 +1,4 @@
-"""A faster UNet on CPUs: weights packed for the kernels once, and torch.compile block by block."""
+"""A faster UNet: on CPUs weights packed for the kernels once, on GPUs torch.compile."""
 
 from functools import partial
 
@@ -6,32 +6,6 @@ import torch
 from torch import nn
 
 from support.devices import is_large, pick_precision
-
-PACKED = []  # (operation, packed weight, bias, settings) of every packed layer; kept until the end
-
-
-@torch.library.custom_op("fast_cpu::packed", mutates_args=())
-def packed(x: torch.Tensor, number: int) -> torch.Tensor:
-    """The layer PACKED[number] of x.
-
-    One operation to torch.compile, which cannot look into packed weights.
-    """
-    operation, weight, bias, settings = PACKED[number]
-    return operation(x, weight, bias, *settings, "none", [], "")
-
-
-@packed.register_fake
-def _(x, number):
-    """The shape of the answer, which torch.compile wants to know."""
-    _, weight, _, settings = PACKED[number]
-    channels = weight.shape[0]
-    if not settings:  # a linear layer
-        return x.new_empty(*x.shape[:-1], channels)
-    stride = settings[1][0]
-    height = -(-x.shape[2] // stride)  # rounded up
-    width = -(-x.shape[3] // stride)
-    empty = x.new_empty(len(x), channels, height, width)
-    return empty.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -55,23 +29,33 @@ def pack(unet):
             weight = onednn._reorder_linear_weight(layer.weight)
         else:
             continue
-        PACKED.append((operation, weight, layer.bias, settings))
-        layer.forward = partial(packed, number=len(PACKED) - 1)
+        layer.forward = partial(run_packed, operation, weight, layer.bias, settings)
         layer.weight = None  # frees the old order
 
 
-def compile_blocks(unet):
-    """torch.compile, block by block: what lies between the packed layers becomes a few loops."""
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    torch._dynamo.config.recompile_limit = 2 * len(blocks)  # blocks share their functions
-    for block in blocks:  # dynamic=False: or the second block would share the first one's shapes
-        block.forward = torch.compile(block.forward, dynamic=False)
+def run_packed(operation, weight, bias, settings, x):
+    """The packed layer of x; nothing is applied to what comes out ("none")."""
+    return operation(x, weight, bias, *settings, "none", [], "")
+
+
+def compile_whole(unet):
+    """torch.compile of the whole UNet: once for the shapes that it is called with."""
+    compiled = torch.compile(unet.forward, dynamic=False)
+
+    def forward(x_t, t, c_t, c_i=None, lam=1.0):
+        t = torch.as_tensor(t, device=x_t.device)  # for every number it would be compiled anew
+        return compiled(x_t, t, c_t, c_i, lam)
+
+    unet.forward = forward
 
 
 def prepare_unet(unet, device, precision, compiled=False):
     """What is done to a UNet once, so that every step is faster. compiled: --compile."""
-    is_fast = precision in ("fp32", pick_precision("auto", device))
-    if device.type == "cpu" and is_fast and is_large(unet):
-        pack(unet)  # the weights of a small one stay in the caches
-    if compiled:
-        compile_blocks(unet)
+    if device.type == "cpu":
+        is_fast = precision in ("fp32", pick_precision("auto", device))
+        if is_fast and is_large(unet):
+            pack(unet)  # the weights of a small one stay in the caches
+        if compiled:
+            print("--compile is for GPUs: on a CPU it would take longer than it saves; left out")
+    elif compiled:
+        compile_whole(unet)

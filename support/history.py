@@ -123,9 +123,6 @@ class History:
         for name, weight in self.task.module.named_parameters():
             if weight.requires_grad and not weight.isfinite().all():
                 self.fail(f"the weight {name} is not finite at step {step}")
-        self.saved = step
-        if not is_first():
-            return
         state = dict(
             module=self.task.module.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -142,8 +139,10 @@ class History:
         table.writeheader()
         for row in self.rows:
             table.writerow({name: f"{value:.6g}" for name, value in row.items()})
-        write_whole(self.checkpoint, lambda part: torch.save(state, part))
-        write_text(self.log, text.getvalue())
+        if is_first():
+            write_whole(self.checkpoint, lambda part: torch.save(state, part))
+            write_text(self.log, text.getvalue())
+        self.saved = step
 
     def validate(self, step):
         """Add a row to the log."""

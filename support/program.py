@@ -194,12 +194,3 @@ def add_device_arguments(parser, precision="number format of the forward pass"):
     parser.add_argument(
         "--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help=precision
     )
-
-
-def require_at_least(least, args, *names):
-    """ValueError for the first of the options `names` that was given and is smaller than `least`."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} {value}: at least {least}")

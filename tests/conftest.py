@@ -8,6 +8,7 @@ import train
 from data import ToyFaces
 from experiments.base import make_tiny_world
 from ip_adapter import IPAdapter
+from support import devices
 from support.checkpoints import ADAPTER
 from toyfaces.captions import write_caption
 from toyfaces.judge import FeatureNet
@@ -30,6 +31,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield threads
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_is_cpu():
+    """--device auto means the CPU, so that no test depends on what the machine has. Tests that are
+    about a GPU name it (test_gpu.py). Gives the function that chooses otherwise."""
+    best_device = devices.best_device
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "best_device", lambda: "cpu")
+        yield best_device
 
 
 @pytest.fixture(scope="session")

@@ -113,8 +113,8 @@ def test_pixels_are_the_photos_in_order(workdir):
 @pytest.mark.parametrize("words, says", [
     (["--batch", "4"], "--batch"),  # every stage has its own
     (["--lr", "1e-3"], "--lr"),
-    (["--people", "0"], "--people 0: at least 1"),
-    (["--steps", "0"], "--steps 0: at least 1"),
+    (["--people", "0"], "--people 0: from 1 to 100000"),
+    (["--steps", "0"], "--steps 0: from 1 to 10000000"),
     (["--device", "tpu"], "tpu"),
 ])
 def test_bad_input_is_exit_2(words, says, workdir, monkeypatch, capsys):

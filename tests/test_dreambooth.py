@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dreambooth
+import ip_adapter
 import train
 from conftest import randn
 from data import ToyFaces
@@ -330,12 +331,12 @@ def test_lora_that_does_not_fit_changes_nothing(lora, tmp_path):
 @pytest.fixture
 def few_steps(monkeypatch):
     """One step for every picture, not thirty."""
-    real = dreambooth.generate
+    real = ip_adapter.generate
 
     def generate(*args, **settings):
         return real(*args, **{**settings, "steps": 1})
 
-    for module in (dreambooth, train):
+    for module in (dreambooth, ip_adapter):
         monkeypatch.setattr(module, "generate", generate)
 
 
@@ -406,7 +407,7 @@ def test_validation_pictures_are_the_person_the_class_and_scenes(
     grids = []
     encode = StableDiffusion.encode_prompts
 
-    def generate(sd, c_t, null_c_t, seed):
+    def generate(sd, c_t, *_, **__):
         return torch.zeros(len(c_t), 3, 64, 64)
 
     def encode_prompts(sd, texts):
@@ -417,8 +418,8 @@ def test_validation_pictures_are_the_person_the_class_and_scenes(
         grids.append((len(rows), columns))
 
     monkeypatch.setattr(StableDiffusion, "encode_prompts", encode_prompts)
-    monkeypatch.setattr(train, "generate", generate)
-    monkeypatch.setattr(train, "save_grid", save_grid)
+    monkeypatch.setattr(ip_adapter, "generate", generate)
+    monkeypatch.setattr(dreambooth, "save_grid", save_grid)
     words = [*WORDS, "--identifier", "zwx", "--lora", 1, "--steps", 1, "--prior-weight", 0]
     program(monkeypatch, "--model", tiny_folder, "--images", photos, *words)
     assert grids == [(4, ["identity", "class", "hat", "sunglasses"])]

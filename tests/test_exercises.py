@@ -250,7 +250,8 @@ def write_answer(exercise, body, source=None):
     """A source, by default the handout, with the body of the exercise's only function written by hand."""
     source = source or make_handout(exercise.file)
     (name,) = exercise.functions
-    line = f'raise NotImplementedError("exercise {exercise.number}: {exercise.title}, {exercise.module}.{name}")'
+    message = f"exercise {exercise.number}: {exercise.title}, {exercise.module}.{name}"
+    line = f'raise NotImplementedError("{message}")'
     assert source.count(line) == 1
     return source.replace(line, body)
 
@@ -402,7 +403,8 @@ def test_check_grades_in_a_process_of_its_own(workdir, monkeypatch, capsys):
     assert "the left side is [[[3.0, -2.0]]]" in text
     assert "1 of 5 right" in lines
     notes = text.split("1 of 5 right")[1]
-    for words in ("ddpm.py: lookup differs", "data.py: split differs", "train.py, line 1: invalid syntax", "sample.py is missing"):
+    for words in ("ddpm.py: lookup differs", "data.py: split differs",
+                  "train.py, line 1: invalid syntax", "sample.py is missing"):
         assert words in notes
 
 

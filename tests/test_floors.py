@@ -84,7 +84,7 @@ def test_the_top_level_holds_the_ten_modules_and_no_other():
 
 
 def test_imports_go_down_only_and_diffusers_is_only_a_peer():
-    assert {"unet.py", "support/files.py", "toyfaces/judge.py", "experiments/exam.py"} <= set(FILES)
+    assert {"unet.py", "support/files.py", "toyfaces/judge.py", "experiments/plan.py"} <= set(FILES)
     for file in FILES:
         assert not find_faults(file, read(file))
 
@@ -100,18 +100,18 @@ def test_no_imports_go_in_a_circle():
 
 @pytest.mark.parametrize("file, line", [
     ("support/files.py", "import ddpm"),
-    ("support/files.py", "from experiments.exam import Exam"),
+    ("support/files.py", "from experiments.plan import Plan"),
     ("toyfaces/judge.py", "from data import ToyFaces"),
     ("ddpm.py", "from attention import attention"),
     ("unet.py", "import ip_adapter as adapter"),
     ("train.py", "def f():\n    from metrics import frechet_distance"),
-    ("metrics.py", "from experiments import exam"),
+    ("metrics.py", "from experiments import plan"),
     ("sample.py", "import tests.conftest"),
-    ("experiments/exam.py", "import tests.conftest"),
-    ("experiments/exam.py", "import course.figures"),
+    ("experiments/plan.py", "import tests.conftest"),
+    ("experiments/plan.py", "import course.figures"),
     ("data.py", "import assets"),  # a new folder with code in it
     ("unet.py", "from diffusers import UNet2DConditionModel"),
-    ("experiments/exam.py", "import diffusers.models"),
+    ("experiments/plan.py", "import diffusers.models"),
 ])  # fmt: skip
 def test_imports_against_the_rules_are_found(file, line):
     assert find_faults(file, line)
@@ -122,7 +122,7 @@ def test_imports_against_the_rules_are_found(file, line):
     ("support/files.py", "from .pictures import load_image"),
     ("unet.py", "import torch, ddpm\nfrom support.files import digest"),
     ("metrics.py", "import train"),
-    ("experiments/exam.py", "import metrics\nfrom experiments.scores import Table\nfrom . import scores"),
+    ("experiments/plan.py", "import metrics\nfrom experiments.scores import Table\nfrom . import scores"),
     ("experiments/benchmark_diffusers.py", "import diffusers"),
     ("tests/test_unet.py", "import diffusers\nfrom experiments.base import make_tiny_world"),
 ])  # fmt: skip

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -222,16 +223,16 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tiny_folder, work
     assert not list(workdir.glob("**/*.part")) and not (workdir / "runs").exists()
 
 
-def test_compiling_without_a_compiler_is_one_line(monkeypatch, capsys, tiny_folder, workdir):
+def test_a_failure_of_the_compiler_is_one_line(monkeypatch, capsys, tiny_folder, workdir):
     def fail(*_, **__):
-        raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\nand a page of more")
+        raise torch._dynamo.exc.TorchDynamoException("Cannot find a working triton installation\nand a page of more")
 
     monkeypatch.setattr(sample, "generate", fail)
     words = ["--prompt", "x", "--compile", "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
         program(monkeypatch, "--model", tiny_folder, *words)
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith("error: --compile: No working C++ compiler found\n")
+    assert capsys.readouterr().err.endswith("error: --compile: Cannot find a working triton installation\n")
 
 
 def test_only_a_run_on_these_very_weights_is_taken_by_default(workdir, tiny_folder, tiny_model, monkeypatch):
@@ -309,22 +310,30 @@ def test_large_unets_are_packed_by_the_program(tiny_folder, workdir, monkeypatch
     assert abs(read_pixels("False.png") - read_pixels("True.png")).max() <= 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prepare", [lambda unet: None, fast_cpu.pack])
-def test_compiled_unet_predicts_the_same_noise_at_every_step(prepare, tiny_folder):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_unet_predicts_the_same_noise_at_every_step(backend, tiny_folder, monkeypatch):
     from torch._dynamo.utils import counters
 
     unet, _, (x_t, _, *context) = load_adapted_unet(tiny_folder, torch.float32)
     counters.clear()
     torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     with torch.inference_mode():
         expected = [unet(x_t, t, *context) for t in (500, 400, 300)]
-        prepare(unet)
-        fast_cpu.compile_blocks(unet)
+        fast_cpu.prepare_unet(unet, torch.device("cuda"), "fp32", compiled=True)
         for t, eps_hat in zip((500, 400, 300), expected):
             torch.testing.assert_close(unet(x_t, t, *context), eps_hat, rtol=1e-4, atol=1e-4)
-    assert counters["stats"]["unique_graphs"] == len(unet.down_blocks) + 1 + len(unet.up_blocks)
+    assert counters["stats"]["unique_graphs"] == 1  # the whole UNet, compiled once for all steps
     assert not counters["graph_break"]
+
+
+def test_on_a_cpu_compile_is_left_out_and_says_so(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", None)
+    fast_cpu.prepare_unet(tiny_model.unet, torch.device("cpu"), "fp32", compiled=True)
+    assert "forward" not in vars(tiny_model.unet)  # as it was
+    assert capsys.readouterr().out.startswith("--compile is for GPUs")
+    fast_cpu.prepare_unet(tiny_model.unet, torch.device("cpu"), "fp32")
+    assert not capsys.readouterr().out
 
 
 def test_benchmark_keeps_the_warm_up_apart(monkeypatch, capsys, tiny_folder, workdir):

@@ -35,11 +35,13 @@ def program(monkeypatch, *words):
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     """One sampling step, pictures of two people: here it counts only that there are some."""
+    real = ip_adapter.generate
+
     def generate(*args, **settings):
-        return ip_adapter.generate(*args, **{**settings, "steps": 1})
+        return real(*args, **{**settings, "steps": 1})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "generate", generate)
+        patch.setattr(ip_adapter, "generate", generate)
         patch.setattr(train.save_samples.__wrapped__, "__defaults__", (2,))
         yield
 
@@ -310,7 +312,7 @@ def train_and_die(words):
 
 
 def test_kill_9_then_resume_is_bit_identical(trained, tiny_folder, workdir, monkeypatch):
-    words = ["--model", tiny_folder, "--out", "run", "--steps", 6, *WORDS]
+    words = ["--model", tiny_folder, "--out", "run", "--steps", 6, "--device", "cpu", *WORDS]
     (workdir / ".cache").symlink_to(trained / ".cache")
     can_fork = sys.platform == "linux" and not torch.cuda.is_available()  # spawn imports all for seconds
     context = multiprocessing.get_context("fork" if can_fork else "spawn")

@@ -193,14 +193,18 @@ def grade(judge, pictures, labels, device):
         features.append(some_features)
         probs.append(some_probs)
     features = torch.cat(features)
+    shares = grade_features(judge, features, labels)
+    return {"features": features.cpu(), "probs": torch.cat(probs).cpu(), **shares}
 
+
+@torch.inference_mode()
+def grade_features(judge, features, labels):
+    """`grade` of features (n, 256) that the judge gave before: identity (n,) and prompt (n,)."""
     # ATTRIBUTES begins with those of IDENTITY; the rest are those of SCENE.
     classes, seen = label_tensors(labels)
     right = (pick_classes(judge.answers(features)) == classes) & seen
     n = len(IDENTITY)
     return {
-        "features": features.cpu(),
-        "probs": torch.cat(probs).cpu(),
         "identity": right[:, :n].sum(1) / seen[:, :n].sum(1),
         "prompt": right[:, n:].sum(1) / seen[:, n:].sum(1),
     }
