@@ -60,6 +60,8 @@ def refuse(module, words, monkeypatch, capsys):
     (sample, ["--prompt", "caf\udce9"], "caf\\udce9"),
     (sample, ["--out", "\ud800.png"], "\\ud800"),
     (sample, ["--model", ""], "an empty name after --model"),
+    (sample, ["--model="], "an empty name after --model"),
+    (train, ["--out= "], "an empty name after --out"),
     (sample, ["--refs", "/dev/zero"], "/dev/zero: no such file"),
     (sample, ["--lora", "."], "a folder, not a file"),
     (sample, ["--device", "meta"], "no device 'meta'"),
