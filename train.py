@@ -423,7 +423,7 @@ def check_arguments(args):
 def main():
     args = parse_arguments()
     check_arguments(args)
-    my_share(args.accumulate)
+    my_share(args.accumulate)  # refuses fewer batches than processes, before the work
     device = pick_device(args.device)
     options = Options(device, pick_precision(args.precision, device), args.steps, args.batch,
                       args.lr, args.accumulate, args.every, args.seed, args.resume,

@@ -428,7 +428,7 @@ class StableDiffusion:
     def decode_latents(self, z):
         """x = VAE⁻¹(z/s), clamped.   z (B, C, h, w) -> images (B, 3, H, W) in [−1, 1]."""
         z = match(z, self.vae) / self.vae.config["scaling_factor"]
-        at_once = 1 if z.shape[2:].numel() >= 64**2 else len(z)  # 512 × 512 pixels need 0.7 GB
+        at_once = 1 if self.image_size > 128 else len(z)  # 512 × 512 pixels need 0.7 GB
         return torch.cat([self.vae.decode(part).clamp(-1, 1) for part in z.split(at_once)])
 
     @torch.no_grad()

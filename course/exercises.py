@@ -15,6 +15,7 @@ from pathlib import Path
 from course.grading import Verdict, work
 from course.listing import EXERCISES, find_exercise
 from course.stubs import ROOT, find_changes, find_functions, make_handout, read_ours
+from support.files import write_text
 from support.program import run
 
 FOLDER = Path("runs/course")
@@ -33,8 +34,6 @@ def list_files():
 
 def start(folder):
     """Write the files that are not there yet; those that are there stay as they are."""
-    from support.files import write_text  # here: it imports torch, which takes seconds
-
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a new folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():

@@ -188,7 +188,7 @@ def draw_dataflow(world, path):
     axis.annotate("", (12.0, 2.92), (14.0, 4.2), arrowprops=arrow)
     axis.text(14.15, 3.5, "eq. 3, in all\nblocks with\nattention", fontsize=8, va="center")
     legend = "orange: trained; blue: reads them by $W'_k$ and $W'_v$, which are trained, too"
-    axis.text(11.9, 4.9, legend, fontsize=8, ha="center")
+    axis.text(6.4, 3.35, legend, fontsize=8, ha="center")
     axis.text(4.9, 1.5, "loss, eq. 1:\n$‖ε − \\hat{ε}‖^2$", fontsize=9, ha="center", va="center")
     save_small(path, figure)
 

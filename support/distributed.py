@@ -64,7 +64,7 @@ def processes():
 @contextmanager
 def silence():
     """Inside, nothing is printed: no lines, bars or warnings."""
-    nowhere = open(os.devnull, "w")  # left open: bars outlive us
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # left open: bars outlive us
     with redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 

@@ -50,24 +50,6 @@ def parse_box(text):
     return box
 
 
-def map_box(box, crop):
-    """The box of a frame, in fractions of a crop of this frame. Both are boxes of the frame.
-
-    For pictures that show only the part `crop` of what the data set's photos show. ValueError if
-    the crop cuts off a part of the box: what is missing cannot be guessed.
-    """
-    check_box(crop)
-    width = crop[2] - crop[0]
-    height = crop[3] - crop[1]
-    left = (box[0] - crop[0]) / width
-    top = (box[1] - crop[1]) / height
-    right = (box[2] - crop[0]) / width
-    bottom = (box[3] - crop[1]) / height
-    if min(left, top) < -1e-6 or max(right, bottom) > 1 + 1e-6:
-        raise ValueError(f"the pictures show {crop} of the frame and cut off the face, {box}")
-    return max(left, 0), max(top, 0), min(right, 1), min(bottom, 1)
-
-
 def bicubic_weights(pixels, start, end, size=SIZE):
     """W (size, pixels): y = Wx is x from `start` to `end` (fractions), scaled to `size` pixels.
 

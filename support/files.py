@@ -69,7 +69,8 @@ def find_reason(part, error):
 
 def sync(path):
     """Wait until the file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    is_file = not os.path.isdir(path)
+    handle = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)  # Windows syncs what it may write
     try:
         os.fsync(handle)
     finally:

@@ -23,13 +23,13 @@ def read_lora(path):
         check_tensor(path, name, tensor)
     check_dtypes(path, [tensor.dtype for tensor in tensors.values()])
     try:
-        settings = read_settings(metadata.get(HEADER, "{}"))
+        settings = read_header(metadata.get(HEADER, "{}"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {HEADER} in its header: {first_line(error)}") from error
     return tensors, settings
 
 
-def read_settings(text):
+def read_header(text):
     """The entries "unet.…" of the header's JSON, without that prefix. ValueError: see read_lora."""
     content = json.loads(text)
     if not isinstance(content, dict):

@@ -136,9 +136,9 @@ def count_cores():
 
 
 def depend_on_parent():
-    """In a worker: Ctrl-C and SIGTERM are for the parent; when the parent is gone, end without a word."""
+    """In a worker: Ctrl-C is for the parent; when the parent is gone, end without a word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by it the pool ends the others when one is killed
     Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -141,8 +141,12 @@ class Parser(argparse.ArgumentParser):
             if not is_text(word):
                 shown = one_line(word.encode("utf-8", "backslashreplace").decode())
                 self.error(f"'{shown}' is not UTF-8 text: write it otherwise, or rename the file")
-            if not word.strip() and before not in MAY_BE_EMPTY:
-                self.error(f"an empty name after {before or 'the program'}")
+            option = before
+            value = word
+            if word.startswith("--") and "=" in word:  # --model=NAME
+                option, value = word.split("=", 1)
+            if not value.strip() and option not in MAY_BE_EMPTY:
+                self.error(f"an empty name after {option or 'the program'}")
             before = word
 
     def check_number(self, name, value):

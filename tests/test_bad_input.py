@@ -60,6 +60,8 @@ def refuse(module, words, monkeypatch, capsys):
     (sample, ["--prompt", "caf\udce9"], "caf\\udce9"),
     (sample, ["--out", "\ud800.png"], "\\ud800"),
     (sample, ["--model", ""], "an empty name after --model"),
+    (sample, ["--model="], "an empty name after --model"),
+    (train, ["--out= "], "an empty name after --out"),
     (sample, ["--refs", "/dev/zero"], "/dev/zero: no such file"),
     (sample, ["--lora", "."], "a folder, not a file"),
     (sample, ["--device", "meta"], "no device 'meta'"),
@@ -74,7 +76,7 @@ def refuse(module, words, monkeypatch, capsys):
     (metrics, ["a", "b", "--batch", 0], "--batch"),
     (metrics, ["a", "b", "--seed", 2**32], "--seed"),
     (metrics, ["a", "b", "--clip", ""], "an empty name after --clip"),
-    (metrics, ["a", "b", "--prompt", ""], "need --clip"),
+    (metrics, ["a", "b", "--prompt", ""], "--prompt needs --clip"),
 ])
 def test_arguments_are_refused_before_any_work(module, words, says, workdir, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "snapshot_download", None)  # nobody is asked

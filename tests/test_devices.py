@@ -22,8 +22,8 @@ from pretend import DEVICE, PretendDevice
 from test_ip_adapter import SMALL
 from test_unet import PLAIN_VAE, model, randomise  # noqa: F401, model is a fixture
 from unet import AutoencoderKL, UNet
-from support import devices
-from support.checkpoints import read_safetensors
+from support import devices, lora
+from support.weights import read_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no-op")  # of load_state_dict: here it is none
 
@@ -41,7 +41,7 @@ def outside_of_the_pretended_device(monkeypatch):
         with _disable_current_modes():
             return read_safetensors(path)
 
-    monkeypatch.setattr(dreambooth, "read_safetensors", read)
+    monkeypatch.setattr(lora, "read_safetensors", read)
     monkeypatch.setattr(dreambooth, "autocast_dtype", lambda device: False)
     monkeypatch.setattr(dreambooth, "generate", partial(without_inference_mode, generate))
     as_tensor = torch.as_tensor  # makes tensors without telling the pretended device

@@ -12,7 +12,7 @@ from conftest import close, randn
 from data import LFW, split
 from metrics import (compare_people, compare_real_people, face_copying, face_identity,
                      mean_over_people, nearest_reference, rank_one)
-from support.face_net import DEEP_FUNNELED, WHOLE, MobileFaceNet, map_box, parse_box
+from support.face_net import DEEP_FUNNELED, WHOLE, MobileFaceNet, parse_box
 from support.pictures import to_tensor
 from test_metrics import command, toy_judge  # fixtures
 
@@ -62,16 +62,6 @@ def state():
 
 
 # ---------------------------------------------------------------- where the face lies
-
-
-def test_face_box_is_mapped_through_a_crop_of_the_frame():
-    crop = (58 / 250, 48 / 250, 198 / 250, 188 / 250)  # 140 pixels wide and high
-    expected = (2.8 / 140, 3.08 / 140, 137.2 / 140, 137.48 / 140)
-    assert map_box(DEEP_FUNNELED, crop) == pytest.approx(expected, abs=1e-12)
-    assert map_box(DEEP_FUNNELED, WHOLE) == pytest.approx(DEEP_FUNNELED, abs=1e-12)
-    assert map_box(crop, crop) == pytest.approx(WHOLE, abs=1e-12)
-    with pytest.raises(ValueError, match="cut off the face"):
-        map_box(DEEP_FUNNELED, (0.25, 0, 1, 1))
 
 
 NO_BOXES = ("", "face", "1,2,3", "0,0,1,nan", "0,0,250,250", "0.5,0,0.5,1", "0,1,1,0", "-0.1,0,1,1")

@@ -215,9 +215,10 @@ def test_lora_is_merged_on_the_cpu(tiny_folder, monkeypatch):
 # ---------------------------------------------------------------- no batch without a flag
 
 
-@pytest.mark.parametrize("side, expected", [(16, [3]), (64, [1, 1, 1])])
+@pytest.mark.parametrize("size, decoded, encoded", [
+    (64, [3], [3]), (256, [1, 1, 1], [3]), (512, [1, 1, 1], [1, 1, 1])])
 def test_large_pictures_are_decoded_and_encoded_one_by_one(
-        side, expected, tiny_model, photos, monkeypatch):
+        size, decoded, encoded, tiny_model, photos, monkeypatch):
     sizes = []
 
     def decode(z):
@@ -229,15 +230,16 @@ def test_large_pictures_are_decoded_and_encoded_one_by_one(
         return images
 
     monkeypatch.setattr(tiny_model.vae, "decode", decode)
-    z = torch.rand(3, 4, side, side)
+    monkeypatch.setitem(tiny_model.unet.config, "sample_size", size // 4)
+    z = torch.rand(3, 4, 16, 16)
     expected_pixels = (z / tiny_model.vae.config["scaling_factor"]).clamp(-1, 1)
-    assert torch.equal(tiny_model.decode_latents(z), expected_pixels) and sizes == expected
+    assert torch.equal(tiny_model.decode_latents(z), expected_pixels) and sizes == decoded
 
     sizes.clear()
-    sd = SimpleNamespace(image_size=8 * side, encode_latents=encode)
+    sd = SimpleNamespace(image_size=size, encode_latents=encode)
     files = [photos / "0.png"] * 3
-    assert dreambooth.encode_files(sd, files, None).shape == (3, 3, 8 * side, 8 * side)
-    assert sizes == expected
+    assert dreambooth.encode_files(sd, files, None).shape == (3, 3, size, size)
+    assert sizes == encoded
 
 
 def test_pictures_in_parts_are_those_made_at_once(large, tiny_model, monkeypatch):

@@ -296,6 +296,28 @@ def test_killed_worker_does_not_hang():
         list(open_photos(photos))
 
 
+def test_worker_that_is_killed_while_it_waits_does_not_hang():
+    """It holds the lock of the queue then, so that the other workers wait for it forever."""
+
+    def open_them():
+        photos = [SimpleNamespace(open=partial(Image.new, "RGB", (8, 8)), size=8)] * 16
+        opened = open_photos(photos, chunk=8)
+        next(opened)
+        time.sleep(0.2)  # all wait for the next chunk
+        worker = multiprocessing.active_children()[0]
+        worker.kill()
+        worker.join()
+        with pytest.raises(OSError, match="memory"):
+            list(opened)
+
+    child = multiprocessing.get_context("fork").Process(target=open_them)
+    child.start()
+    child.join(20)
+    child.kill()
+    child.join()
+    assert child.exitcode == 0
+
+
 def open_slowly(log):
     with open(log, "a") as file:
         file.write(f"{os.getpid()}\n")
