@@ -5,6 +5,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.distributed import is_first
 from support.files import check_writable, remove_leftovers
 
 try:
@@ -22,8 +23,7 @@ def claim(folder):
     on folder/.lock: it ends with its process, so the file of a killed program blocks nobody.
     Of the processes that torchrun starts only the first one claims, for all of them.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
-    if fcntl is None or not is_first:
+    if fcntl is None or not is_first():
         yield
         return
     new = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first

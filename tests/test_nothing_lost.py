@@ -161,7 +161,9 @@ def test_killed_program_blocks_nobody(tmp_path):
 
 def test_only_the_first_process_of_torchrun_claims(tmp_path, monkeypatch):
     with claim(tmp_path):
-        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(ValueError, match="another program"), claim(tmp_path):
+            pass
+        monkeypatch.setattr("support.claim.is_first", lambda: False)
         with claim(tmp_path):
             pass
 
