@@ -85,9 +85,14 @@ def remove_empty(folders):
 
 
 def rescue_parts(folder):
-    """Clean up after a killed `write_checkpoint`: what it had moved out of the way comes back."""
+    """Clean up after a killed `write_checkpoint`: what it had moved out of the way comes back.
+
+    Also where a new part has its place already: parts of two checkpoints are none.
+    """
     for saving in folder.glob(".saving-*"):
-        for old in saving.glob("old/*"):
-            if not (folder / old.name).exists():
-                old.rename(folder / old.name)
+        for number, old in enumerate(saving.glob("old/*")):
+            place = folder / old.name
+            if place.exists():
+                place.rename(saving / f"unfinished-{number}")
+            old.rename(place)
         shutil.rmtree(saving, ignore_errors=True)
