@@ -90,7 +90,7 @@ def rescue_parts(folder):
     Also where a new part has its place already: parts of two checkpoints are none.
     """
     for saving in folder.glob(".saving-*"):
-        for number, old in enumerate(saving.glob("old/*")):
+        for number, old in enumerate(sorted(saving.glob("old/*"))):
             place = folder / old.name
             if place.exists():
                 place.rename(saving / f"unfinished-{number}")
