@@ -176,7 +176,7 @@ def find_files(args, device, names):
             return single, find_adapters(args.runs, device, *names)
     if not args.selfattn:
         print("note: no row of self-attention; name its adapter with --selfattn")
-    return single, list_given(args.selfattn, args.trained)
+    return single, list_given(BEST, args.selfattn, args.trained)
 
 
 def prepare(args, out, names):
