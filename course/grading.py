@@ -165,7 +165,10 @@ def show_value(error, file):
         is_it = isinstance(node, ast.Assert) and node.lineno <= line <= node.end_lineno
         if is_it and isinstance(node.test, ast.Compare):
             left = ast.unparse(node.test.left)
-            value = repr(eval(left, frame.f_globals, frame.f_locals))  # once more, for its value
+            try:
+                value = repr(eval(left, frame.f_globals, frame.f_locals))  # once more, for its value
+            except Exception:  # what can be computed only once has no value to show
+                return ""
             return f"the left side is {value}" if len(value) <= 60 else ""
     return ""
 

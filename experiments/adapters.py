@@ -53,16 +53,17 @@ def name_adapter(file):
     return metadata.get("references", metadata.get("agg", "none"))
 
 
-def list_given(selfattn, others):
+def list_given(wanted, best, others):
     """{name: file} of the adapters that the user names.
 
-    ValueError: one that is none, two of one kind, or `selfattn` is of another aggregator.
+    best: the file of the paper's method, whose aggregator is `wanted`; None: there is no such row.
+    ValueError: one that is none, two of one kind, or `best` is of another aggregator.
     """
     found = {}
-    for file in [selfattn, *others] if selfattn else others:
+    for file in [best, *others] if best else others:
         name = name_adapter(file)
-        if file == selfattn and name != "selfattn":
-            raise ValueError(f"--selfattn {file} is of the aggregator {name}: name it in --trained")
+        if file == best and name != wanted:
+            raise ValueError(f"--{wanted} {file} is of the aggregator {name}: name it in --trained")
         if name in found:
             both = f"{found[name]} and {file}"
             raise ValueError(f"{both} are both of the aggregator {name}: give one")

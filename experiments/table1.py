@@ -26,7 +26,7 @@ from experiments.scores import Table
 from support.checkpoints import ADAPTER, TINY, find_beside
 from support.claim import claim
 from support.devices import pick_device, pick_precision
-from support.distributed import check_device, first_alone, is_first, processes
+from support.distributed import first_alone, is_first, processes
 from support.judges import load_face_judge, load_judge
 from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
@@ -146,7 +146,6 @@ def make_settings(args):
     if args.face_box and not args.faces:
         raise ValueError("--face-box needs --faces, the file of a face recogniser")
     device = pick_device(args.device)
-    check_device(device)
     return Settings(device, pick_precision("auto", device), args.people, args.photos,
                     args.seeds, args.guidance, args.steps, args.seed, args.batch)
 
@@ -177,7 +176,7 @@ def find_files(args, device, names):
             return single, find_adapters(args.runs, device, *names)
     if not args.selfattn:
         print("note: no row of self-attention; name its adapter with --selfattn")
-    return single, list_given(args.selfattn, args.trained)
+    return single, list_given(BEST, args.selfattn, args.trained)
 
 
 def prepare(args, out, names):

@@ -313,7 +313,7 @@ def write_checkpoint(folder, *parts):
     """Write a checkpoint in diffusers' layout, whole or not at all; what else is there stays.
 
     parts: as in write_parts. Everything is written to a temporary folder first, then each part takes
-    the place of the old one.
+    the place of the old one. If it is killed in between, support.claim puts the old ones back.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -326,6 +326,7 @@ def write_checkpoint(folder, *parts):
             if (folder / part.name).exists():
                 (folder / part.name).rename(old / part.name)
             part.rename(folder / part.name)
+        old.rename(Path(temporary, "done"))  # from here on the new ones count
 
 
 def write_parts(folder, networks, tokenizer, scheduler, preprocessor, dtype):

@@ -5,6 +5,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.distributed import is_first
 from support.files import check_writable, remove_leftovers
 
 try:
@@ -22,8 +23,7 @@ def claim(folder):
     on folder/.lock: it ends with its process, so the file of a killed program blocks nobody.
     Of the processes that torchrun starts only the first one claims, for all of them.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
-    if fcntl is None or not is_first:
+    if fcntl is None or not is_first():
         yield
         return
     new = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
@@ -85,9 +85,14 @@ def remove_empty(folders):
 
 
 def rescue_parts(folder):
-    """Clean up after a killed `write_checkpoint`: what it had moved out of the way comes back."""
+    """Clean up after a killed `write_checkpoint`: what it had moved out of the way comes back.
+
+    Also where a new part has its place already: parts of two checkpoints are none.
+    """
     for saving in folder.glob(".saving-*"):
-        for old in saving.glob("old/*"):
-            if not (folder / old.name).exists():
-                old.rename(folder / old.name)
+        for number, old in enumerate(sorted(saving.glob("old/*"))):
+            place = folder / old.name
+            if place.exists():
+                place.rename(saving / f"unfinished-{number}")
+            old.rename(place)
         shutil.rmtree(saving, ignore_errors=True)

@@ -261,7 +261,7 @@ def own_run(out, method, resume):
     ValueError if another program works there, or if there is one and it is not to be resumed.
     """
     with claim(out):
-        if not resume:
+        if not resume and is_first():
             results = [out / name for name in RESULTS[method]]
             refuse_unfinished(out / f"{method}.pt", results)
         yield

@@ -1,4 +1,4 @@
-"""What only a GPU can show; without one, skipped: python -m pytest -m gpu
+"""What only a GPU can show; without one, skipped: python -m pytest -n 0 -m gpu
 
 Written without one at hand: the first run on a GPU may have to correct a tolerance.
 """

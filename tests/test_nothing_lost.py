@@ -161,7 +161,9 @@ def test_killed_program_blocks_nobody(tmp_path):
 
 def test_only_the_first_process_of_torchrun_claims(tmp_path, monkeypatch):
     with claim(tmp_path):
-        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(ValueError, match="another program"), claim(tmp_path):
+            pass
+        monkeypatch.setattr("support.claim.is_first", lambda: False)
         with claim(tmp_path):
             pass
 
@@ -193,12 +195,13 @@ def test_only_our_temporary_files_of_killed_programs_are_removed(tmp_path):
 
 
 def test_checkpoint_that_was_being_replaced_is_put_together_again(tmp_path):
-    for name in ("vae/old", ".saving-1/old/unet/old", ".saving-1/old/vae/older", ".saving-1/new/unet/new"):
+    for name in ("vae/new", ".saving-1/old/unet/old", ".saving-1/old/vae/old", ".saving-1/new/unet/new",
+                 "text_encoder/old", ".saving-2/done/text_encoder/older"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     with claim(tmp_path):
         names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {"vae/old", "unet/old", ".lock"}
+    assert names == {"vae/old", "unet/old", "text_encoder/old", ".lock"}
 
 
 # ---------------------------------------------------------------- damaged caches, equal bytes, pictures
