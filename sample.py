@@ -8,6 +8,8 @@
     python sample.py --model runs/dreambooth --prompt "a photo of a sks person"       text only
 
 Self-attention reads nine references (of more the first nine, fewer are bootstrapped), others all.
+Is it the person? For photographs `metrics.py --faces mobilefacenet.pt` measures it; support/README.md
+says where to get that file, with one line of curl, and what it may be used for.
 """
 
 import warnings
