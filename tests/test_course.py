@@ -1,4 +1,4 @@
-"""The lectures do not go stale: what they run runs, what they print is printed, what they name exists."""
+"""Lectures do not go stale: what they run runs and prints what they say, what they name exists."""
 
 import importlib
 import re
@@ -124,7 +124,8 @@ def is_same(printed, promised):
         return False
     for left, right in zip(NUMBER.findall(printed), NUMBER.findall(promised)):
         decimals = len(right.partition(".")[2])
-        if float(left) != pytest.approx(float(right), rel=0.02, abs=1.01 * 10**-decimals * (decimals > 0)):
+        last_digit = 1.01 * 10**-decimals if decimals else 0
+        if float(left) != pytest.approx(float(right), rel=0.02, abs=last_digit):
             return False
     return True
 
@@ -152,7 +153,7 @@ def is_ours(first):
 
 
 @of_each_lecture
-def test_what_a_lecture_runs_runs_and_prints_what_stands_below_it(monkeypatch, workdir, capsys, path):
+def test_what_a_lecture_runs_runs_and_prints_what_it_says(monkeypatch, workdir, capsys, path):
     (workdir / "weights").symlink_to(ROOT / "weights")
     for language, block, promised in find_blocks(read(path)):
         if language == "python":
@@ -179,7 +180,8 @@ def test_every_function_file_and_test_that_a_lecture_names_exists(path):
     tests = "\n".join(read(file) for file in (ROOT / "tests").glob("test_*.py"))
     missing = [name for name in names if not name.endswith(".py") and not is_importable(name)]
     for file in files:
-        if not file.startswith("runs/") and not list(ROOT.glob(file)) and not list(COURSE.glob(file)):
+        found = [*ROOT.glob(file), *COURSE.glob(file)]
+        if not found and not file.startswith("runs/"):
             missing.append(file)
     missing += [test for test in TEST.findall(text) if f"def {test}(" not in tests]
     assert not missing
