@@ -9,14 +9,14 @@ import sys
 
 import torch
 
-from experiments.kid import StrangersKID
+from experiments.distances import GroupedFID, GroupedGaussian, StrangersKID
 from experiments.makers import read_seconds
 from metrics import bootstrap_ci, fid, inception_score
 from support.files import write_all
 from train import DEFAULTS
 
 DRAWS = 1000  # of the bootstrap
-FEW_DRAWS = 200  # of FIDs of more than MANY features: each takes 0.1 s and more
+FEW_DRAWS = 200  # of FIDs of more than MANY features: each takes a second
 MANY = 512
 COPIES = ("copy", "face copy")  # shown minus what real photos score
 
@@ -44,11 +44,23 @@ class Row:
         self.is_shuffled = is_shuffled
         counts = [len(features) for features in seen["features"]]
         self.people = [p for p, count in enumerate(counts) if count]
-        self.kid = StrangersKID(real["features"], seen["features"])
+        self.real = real["features"]
+        self.kid = StrangersKID(self.real, seen["features"])
+        self.grouped_fid = None
+        if self.real[0].shape[1] <= MANY:  # a covariance a person has its price
+            gaussians = GroupedGaussian(self.real), GroupedGaussian(seen["features"])
+            self.grouped_fid = GroupedFID(*gaussians)
 
     def pick(self, name, people):
         """(n, …): what is known of the pictures of these people, one after another."""
         return torch.cat([self.seen[name][p] for p in people])
+
+    def measure_fid(self, people):
+        """FID of the pictures of these people to their real photos."""
+        if self.grouped_fid:
+            return self.grouped_fid(people)
+        real = torch.cat([self.real[p] for p in people])
+        return fid(real, self.pick("features", people))
 
     def mean(self, name):
         """statistic(people) of numbers: their mean over all pictures."""
@@ -154,14 +166,10 @@ class Table:
         return lambda people: mean(people) - usual
 
     def measure_fid(self, title, people):
-        """FID of the pictures of these people to their real photos.
-
-        The bootstrap draws the same people for every row.
-        """
+        """Row.measure_fid. The bootstrap draws the same people for every row."""
         key = (title, tuple(people))
         if key not in self.distances:
-            real = torch.cat([self.judges.held["features"][p] for p in people])
-            self.distances[key] = fid(real, self.rows[title].pick("features", people))
+            self.distances[key] = self.rows[title].measure_fid(people)
         return self.distances[key]
 
     @property

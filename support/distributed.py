@@ -56,7 +56,7 @@ def processes():
         sys.exit(1)
     except Exception:
         if not is_first():
-            time.sleep(5)  # if the first process says the same, torchrun ends us meanwhile
+            time.sleep(20)  # if the first process says the same, torchrun ends us meanwhile
         raise
     distributed.destroy_process_group()
 

@@ -279,9 +279,12 @@ def test_only_our_pictures_are_replaced(tmp_path):
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM]])
 def test_ctrl_c_and_sigterm_before_the_work_are_one_line(signals, capsys):
     old = signal.getsignal(signal.SIGTERM)
+    # Shells start what runs in the background with SIGINT ignored.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(SystemExit) as stop:
         run(lambda: [os.kill(os.getpid(), number) for number in signals])
     signal.signal(signal.SIGTERM, old)
+    signal.signal(signal.SIGINT, ignored)
     assert stop.value.code == 130 and capsys.readouterr().err.strip().startswith("stopped")
 
 

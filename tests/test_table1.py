@@ -17,7 +17,7 @@ from torchvision.models.inception import Inception3
 
 from conftest import randn
 from data import ToyFaces, digest_encoders
-from experiments import adapters, judging, kid, makers, photos, plan, scores, sweeps, table1
+from experiments import adapters, distances, judging, makers, photos, plan, scores, sweeps, table1
 from ip_adapter import IPAdapter, generate
 from metrics import InceptionV3, bootstrap_ci, fid, inception_score, kernel_distance
 from support import judges
@@ -561,9 +561,19 @@ def test_kid_of_strangers_compares_all_pairs_but_those_of_one_person():
 
     for people in ([0, 1, 2], [0, 2]):
         expected = k(x, x, people) + k(y, y, people) - 2 * k(x, y, people)
-        assert kid.StrangersKID(x, y)(people) == pytest.approx(float(expected), rel=1e-10)
-    twice = kid.StrangersKID([x[0], *x], [y[0], *y])([0, 1, 2, 3])
-    assert kid.StrangersKID(x, y)([0, 0, 1, 2]) != pytest.approx(twice)  # a person is no stranger of itself
+        assert distances.StrangersKID(x, y)(people) == pytest.approx(float(expected), rel=1e-10)
+    twice = distances.StrangersKID([x[0], *x], [y[0], *y])([0, 1, 2, 3])
+    assert distances.StrangersKID(x, y)([0, 0, 1, 2]) != pytest.approx(twice)  # a person is no stranger of itself
+
+
+@pytest.mark.parametrize("width", [3, 30])  # more pictures than features, and fewer
+def test_fid_from_sums_a_person_is_fid_of_the_pictures(width):
+    x = [randn(n, width, seed=n) + n for n in (3, 1, 4, 2)]
+    y = [2 * randn(n, width, seed=10 + n) for n in (2, 5, 0, 3)]
+    grouped = distances.GroupedFID(distances.GroupedGaussian(x), distances.GroupedGaussian(y))
+    for people in ([0, 1, 2, 3], [3, 0, 0, 1], [1, 1, 3]):
+        real, made = [torch.cat([some[p] for p in people]) for some in (x, y)]
+        assert grouped(people) == pytest.approx(fid(real, made), rel=1e-9)
 
 
 def test_kid_of_strangers_is_unbiased_where_people_are_shared_and_plain_kid_is_not():
@@ -571,7 +581,7 @@ def test_kid_of_strangers_is_unbiased_where_people_are_shared_and_plain_kid_is_n
     for seed in range(200):
         people = 2 * randn(6, 1, 4, seed=seed)
         x, y = (people + randn(6, 3, 4, seed=1000 * k + seed) for k in (1, 2))
-        draws.append([kid.StrangersKID(list(x), list(y))(list(range(6))),
+        draws.append([distances.StrangersKID(list(x), list(y))(list(range(6))),
                       kernel_distance(x.flatten(0, 1), y.flatten(0, 1))])
     draws = torch.tensor(draws)
     mean, error = draws.mean(0), draws.std(0) / 200**0.5
