@@ -391,8 +391,8 @@ def parse_arguments():
     add("--resize", choices=InceptionV3.RESIZE, default="pytorch-fid", help="to 299 x 299, as whose")
     add("--faces", metavar="FILE", help="mobilefacenet.pt of foamliu/MobileFaceNet: adds identity, "
         "rank-1 and copying of people with a folder of the same name in each of the folders")
-    add("--face-box", help="with --faces: where the face lies; deep-funneled (photos of LFW), or "
-        "left,top,right,bottom in fractions of the picture (default: whole)")
+    add("--face-box", help="with --faces: where the face lies; deep-funneled (photos of LFW), whole, "
+        "or left,top,right,bottom in fractions of the picture (default: whole)")
     add("--clip", help="folder or hub id of a CLIP (openai/clip-vit-large-patch14): adds cosines of "
         "one person's pictures to REAL_DIR (CLIP-I), to --prompt (CLIP-T), to --references (copy)")
     add("--prompt", help="with --clip: what all generated pictures should show")

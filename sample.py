@@ -111,7 +111,8 @@ def parse_arguments():
     parser = make_parser(__doc__)
     parser.ranges["steps"] = (1, 1000)
     add = parser.add_argument
-    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
+    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
+        "weights/tiny)")
     add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
     add("--adapter", type=file_path, help="adapter file (default: the newest in runs/, or the shipped)")
     add("--refs", type=file_path, nargs="+", help="photos of one person (default: a toy person)")

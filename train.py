@@ -377,7 +377,8 @@ def parse_arguments():
     add = parser.add_argument
     add("--method", choices=["adapter", "dreambooth"], default="adapter", help="what to train")
     add("--agg", choices=list(AGGREGATORS), default="selfattn", help="aggregator of references")
-    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
+    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
+        "weights/tiny)")
     add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--people", type=int, default=800, help="toy people to draw and train on")

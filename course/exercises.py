@@ -54,7 +54,8 @@ def start(folder):
     weights = folder / "weights"
     if not weights.exists() and not weights.is_symlink():
         weights.symlink_to(ROOT / "weights")  # the programs read them, they are not copied
-    print(f"{folder}: {written} files written, {len(EXERCISES)} exercises in them")
+    print(f"{folder}: {written} files written, {len(EXERCISES)} exercises in them: search for "
+          '"exercise 1", then run: python -m course.exercises check 1')
     if changed:
         print(f"left alone, because they are not as handed out: {', '.join(changed)}")
 

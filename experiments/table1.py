@@ -125,7 +125,8 @@ def add_exam_arguments(parser):
         "are trained")
     add("--out", type=Path, default=Path("runs/table"), help="folder for plan, pictures and tables")
     add = parser.add_argument_group("another model, other people, other judges").add_argument
-    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id")
+    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
+        "weights/tiny)")
     add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
     add("--adapter", type=file_path, help="adapter of one photo (default: the one in --model)")
     add("--selfattn", type=file_path, help="adapter that train.py trained from it: the paper's method")
