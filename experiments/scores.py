@@ -47,7 +47,9 @@ class Row:
         self.real = real["features"]
         self.kid = StrangersKID(self.real, seen["features"])
         self.grouped_fid = None
-        if self.real[0].shape[1] <= MANY:  # a covariance a person has its price
+        # A covariance a person costs more than it saves where these are large, or pictures are few.
+        width = self.real[0].shape[1]
+        if width <= MANY and min(len(self), sum(map(len, self.real))) > 2 * width:
             gaussians = GroupedGaussian(self.real), GroupedGaussian(seen["features"])
             self.grouped_fid = GroupedFID(*gaussians)
 
