@@ -39,7 +39,7 @@ TITLES = {  # of the adapters that were trained on; the paper's row is self-atte
     "avg": "Avg, fine-tuned",
     "concat": "Concat, fine-tuned",
     "none": "One photo, fine-tuned",
-    "same-photo": "One photo, fine-tuned on itself",
+    "same-photo": "Same photo, fine-tuned",
 }
 
 

@@ -37,7 +37,7 @@ PICTURES = 8  # a row
 BEST = "IP-Adapter + Self-Attention"
 PAPER = ["IP-Adapter", "DreamBooth", "IP-Adapter + Max Pooling", "IP-Adapter + Avg Pooling", BEST]
 CONTROLS = ["text only", "IP-Adapter + Avg Pooling, normalised", "Max, fine-tuned", "Avg, fine-tuned",
-            "Concat, fine-tuned", "One photo, fine-tuned on itself"]
+            "Concat, fine-tuned", "Same photo, fine-tuned"]
 REAL = ["VAE round trip of real photos", "other real photos of the same people"]
 DRAWN = "the scenes asked for, drawn anew"
 
