@@ -267,11 +267,12 @@ def digest_encoders(sd):
 
 # ---------------------------------------------------------------- batches
 
-def leave_one_out(groups, batch, generator, n=10):
+def leave_one_out(groups, batch, generator, n=10, strangers=0.0):
     """j ~ U{1…N}: photo j is the target, the others are its references   (eq. 1).
 
     groups: per person a tensor of photo numbers; people with one photo are never drawn. Of more
     than `n` photos a random `n` take part; fewer than n−1 references are bootstrapped to n−1.
+    strangers: the probability of `mix_in_stranger`, 0 in the paper.
     Returns target (B,) and references (B, n−1).
     """
     groups = [group for group in groups if len(group) > 1]
@@ -285,6 +286,27 @@ def leave_one_out(groups, batch, generator, n=10):
         shots = groups[k][order[:n]]
         others = shots[1:]
         chosen = choose_references(len(others), n - 1, generator=generator)
+        chosen = others[chosen]  # (n − 1,)
+        if strangers and torch.rand(1, generator=generator) < strangers:
+            chosen = mix_in_stranger(chosen, groups, k, generator)
         targets.append(shots[0])
-        references.append(others[chosen])
+        references.append(chosen)
     return torch.stack(targets), torch.stack(references)
+
+
+def mix_in_stranger(references, groups, k, generator, most=3):
+    """One to three references of person k (N,) become photos of one other person. Not in the paper.
+
+    Where and how many is uniform; at least one reference stays. ValueError if there is no other person.
+    """
+    if len(groups) < 2:
+        raise ValueError("strangers among the references need at least two people with two photos")
+    other = int(torch.randint(len(groups) - 1, (1,), generator=generator))
+    photos = groups[other + (other >= k)]  # numbers from k on stand for the next person: never k
+    most = min(most, len(references) - 1)
+    count = 1 + int(torch.randint(most, (1,), generator=generator))
+    places = torch.randperm(len(references), generator=generator)[:count]
+    drawn = torch.randint(len(photos), (count,), generator=generator)
+    mixed = references.clone()
+    mixed[places] = photos[drawn]
+    return mixed

@@ -164,8 +164,11 @@ def fixed_validation(sd, held, tokens, device, photos=192, n=10):
     return lambda: validate_eq1(sd, make_batches())
 
 
-def adapter_task(name, sd, adapter, features, held, device, alone=False):
-    """Eq. 1, leave-one-out. alone: every photo is its own and only reference, as in IP-Adapter."""
+def adapter_task(name, sd, adapter, features, held, device, alone=False, strangers=0.0):
+    """Eq. 1, leave-one-out. alone: every photo is its own and only reference, as in IP-Adapter.
+
+    strangers: see data.leave_one_out; never in validation.
+    """
     null_c_t = features.null_c_t.to(device)
     n = adapter.aggregator.photos
 
@@ -174,7 +177,8 @@ def adapter_task(name, sd, adapter, features, held, device, alone=False):
             target = torch.randint(len(features.z_0), (batch,), generator=generator)
             references = target[:, None]
         else:
-            target, references = leave_one_out(features.groups, batch, generator, n)
+            target, references = leave_one_out(features.groups, batch, generator, n,
+                                               strangers)
         z_0 = features.z_0[target].to(device)
         c_t = features.c_t[features.prompt[target]].to(device)
         embeds = features.embeds[references].to(device)  # (B, N, E)
@@ -185,11 +189,12 @@ def adapter_task(name, sd, adapter, features, held, device, alone=False):
     return Task(name, adapter, loss, fixed_validation(sd, held, adapter.tokens, device, n=n))
 
 
-def train_adapter(out, options, model, agg, data, people, init=None, image_encoder=None):
+def train_adapter(out, options, model, agg, data, people, init=None, image_encoder=None,
+                  strangers=0.0):
     """The paper's section 3.5 (selfattn), and its controls: an adapter trained leave-one-out.
 
     init: the adapter file to start from; None: the one shipped in the folder `model`. data, people:
-    see data.load_people. Writes ip-adapter.safetensors, adapter.csv, curve.png and samples.png.
+    see data.load_people; strangers: see data.leave_one_out. Writes ip-adapter.safetensors, adapter.csv, curve.png and samples.png.
     """
     device = options.device
     # The model, the adapter to start from, and digests of both for --resume.
@@ -208,8 +213,10 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     vae = sd.vae
     features, held = encode_people(sd, learned, held_out, encoders, options)
     sd.unet.gradient_checkpointing = options.checkpointing
-    task = adapter_task("adapter", sd, adapter, features, held, device)
-    rows = fit(task, out, options, dict(agg=agg, people=people, base=base, photos=photos))
+    task = adapter_task("adapter", sd, adapter, features, held, device, strangers=strangers)
+    beyond = {"strangers": strangers} if strangers else {}  # of the paper
+    settings = dict(agg=agg, people=people, base=base, photos=photos, **beyond)
+    rows = fit(task, out, options, settings)
     if not is_first():
         return
 
@@ -217,7 +224,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     path = out / "ip-adapter.safetensors"
     recipe = dict(model=model, data=data, people=len(features.groups), steps=options.steps,
                   batch=options.batch * options.accumulate, lr=options.lr, seed=options.seed,
-                  precision=options.precision, init=init, base=base)
+                  precision=options.precision, init=init, base=base, **beyond)
     adapter.save(path, {name: str(value) for name, value in recipe.items()})
     report(rows, out, f"adapter, {agg}", path)
     sd.vae = vae.to(device)
@@ -382,6 +389,8 @@ def parse_arguments():
     add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--people", type=int, default=800, help="toy people to draw and train on")
+    add("--strangers", type=float, default=0.0, metavar="P", help="beyond the paper: the probability "
+        "that one to three references show somebody else")
     add("--init", type=Path, help="adapter file to start from (default: the one in --model)")
     add("--steps", type=int, help="optimiser steps (default: 400; DreamBooth: 200, of SD 1.5 800)")
     add("--batch", type=int, help="photos a step (default: 64; DreamBooth: 8 and 8, of SD 1.5 1 and 1)")
@@ -435,7 +444,7 @@ def main():
     with own_run(out, args.method, args.resume):
         if args.method == "adapter":
             train_adapter(out, options, args.model, args.agg, args.data, args.people, args.init,
-                          args.image_encoder)
+                          args.image_encoder, args.strangers)
         else:
             train_dreambooth(out, options, method, args.model, args.images, args.identifier,
                              args.noun)

@@ -1,6 +1,7 @@
 """The adapters that tables compare: all trained by one recipe, the missing ones are trained now.
 
-The toy world's are made by train.py, into runs/<aggregator>. One more control is made here:
+The toy world's are made by train.py, into runs/<aggregator>, and those that differ in an option into
+folders that say so: runs/seed-1/avg, runs/people-50/selfattn. One more control is made here:
 same-photo, the single-image adapter trained on as IP-Adapter is, for the same budget. Every photo is
 its own and only reference, so the difference to the others is leave-one-out.
 """
@@ -23,28 +24,42 @@ from unet import StableDiffusion
 
 OPTIONS = ("data", "people", "steps", "batch", "lr", "seed", "precision", "init")  # of train.py
 RECIPE = (*OPTIONS, "base")  # what it writes into its files: these, and digests of the weights
+BEST = "selfattn"  # the paper's method: runs/selfattn is the recipe of all others
 SAME_PHOTO = "same-photo"
+ADAPTER_FILE = "ip-adapter.safetensors"
 
 
-def find_adapters(runs, device, *names):
+def find_adapters(runs, device, *names, **changes):
     """{name: its file in the folder `runs`}, trained if it is missing.
 
-    names: of aggregators, or same-photo. ValueError unless all were trained on the weights of
-    weights/tiny, by the recipe of the first one.
+    names: of aggregators, or same-photo. changes: options of train.py that are not those of
+    runs/selfattn, such as seed=1. ValueError unless all were trained on the weights of weights/tiny,
+    by the recipe of runs/selfattn but for the changes.
     """
     unet = StableDiffusion.load(TINY).unet
-    files = {name: runs / name / "ip-adapter.safetensors" for name in names}
-    recipe = {}
+    best = runs / BEST / ADAPTER_FILE
+    if not best.is_file():
+        train_adapter(best, BEST, device, {})
+    recipe = read_recipe(best)
+    check_recipe(best, recipe, unet)
+    recipe |= {option: str(value) for option, value in changes.items()}
+    folder = runs / "-".join(f"{option}-{value}" for option, value in changes.items())
+    files = {name: folder / name / ADAPTER_FILE for name in names}
     for name, file in files.items():
         if not file.is_file() and name == SAME_PHOTO:
             train_on_itself(file, device, recipe)
         elif not file.is_file():
             train_adapter(file, name, device, recipe)
-        _, metadata = read_adapter(file)
-        if not recipe:
-            recipe = {key: metadata.get(key, "known") for key in RECIPE}
-        check_recipe(file, metadata, recipe, unet, names[0])
+        check_recipe(file, recipe, unet)
     return files
+
+
+def read_recipe(file):
+    """{option: its value in words} of the training that made an adapter; "unknown" if it says none."""
+    _, metadata = read_adapter(file)
+    recipe = {key: metadata.get(key, "unknown") for key in RECIPE}
+    recipe["strangers"] = metadata.get("strangers", "0.0")  # it is said only where there were some
+    return recipe
 
 
 def name_adapter(file):
@@ -76,9 +91,9 @@ def train_adapter(file, agg, device, recipe):
     program = Path(__file__).parent.parent / "train.py"
     words = [sys.executable, program, "--agg", agg, "--model", TINY, "--out", file.parent]
     words += ["--device", device, "--resume"]
-    for option in OPTIONS:
-        if recipe:
-            words += [f"--{option}", recipe[option]]
+    for option, value in recipe.items():
+        if option != "base":
+            words += [f"--{option}", value]
     words = [str(word) for word in words]
     with subprocess.Popen(words, env=environment_alone()) as training:
         try:
@@ -108,19 +123,23 @@ def train_on_itself(file, device, recipe):
     task = adapter_task("adapter", sd, adapter, features, held, options.device, alone=True)
     settings = dict(agg=adapter.agg, people=people, base=base, references=SAME_PHOTO)
     rows = fit(task, file.parent, options, settings)
-    adapter.save(file, {**recipe, "base": base, "references": SAME_PHOTO})
+    facts = {key: value for key, value in recipe.items() if key != "strangers"}
+    adapter.save(file, {**facts, "base": base, "references": SAME_PHOTO})
     report(rows, file.parent, "adapter, trained on the same photo", file)
 
 
-def check_recipe(file, metadata, recipe, unet, first):
+def check_recipe(file, recipe, unet):
+    """ValueError unless `file` was trained by `recipe`, on this UNet."""
+    found = read_recipe(file)
     wrong = []
     for key, value in recipe.items():
-        found = metadata.get(key, "unknown")
-        if found != value:
-            wrong.append(f"{key} {found}, not {value}")
-    if not wrong and not metadata["base"].startswith(digest(unet)):
+        if found[key] == "unknown":
+            wrong.append(f"{key} is not said")
+        elif found[key] != value:
+            wrong.append(f"{key} {found[key]}, not {value}")
+    if not wrong and not found["base"].startswith(digest(unet)):
         wrong.append("another UNet")
     if wrong:
-        problem = f"was not trained with the options of {first} on the UNet that is there now"
+        problem = f"was not trained with the options of {BEST} on the UNet that is there now"
         hint = f"move {file.parent} away, and this command trains it anew"
         raise ValueError(f"{file} {problem} ({'; '.join(wrong)}): {hint}")

@@ -327,3 +327,28 @@ def test_unreadable_picture_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("support.pictures.ImageOps.exif_transpose", fail)
     with pytest.raises(ValueError, match="odd.jpg"):
         load_image(tmp_path / "odd.jpg")
+
+
+def test_strangers_are_one_to_three_references_of_one_other_person():
+    groups = [torch.arange(10), torch.arange(10, 20), torch.arange(20, 22)]
+    target, references = leave_one_out(groups, 600, torch.Generator().manual_seed(0), strangers=0.5)
+    owner = torch.tensor([0] * 10 + [1] * 10 + [2] * 2)
+    counts = []
+    for person, owners in zip(owner[target], owner[references]):
+        strange = owners[owners != person]
+        assert len(strange.unique()) <= 1
+        counts.append(len(strange))
+    shares = torch.bincount(torch.tensor(counts)) / 600  # 0, 1, 2 or 3 of nine
+    assert len(shares) == 4
+    assert abs(shares[0] - 0.5) < 0.06 and (shares[1:] - 1 / 6).abs().max() < 0.05
+    others = torch.cat([owner[row][owner[row] != owner[i]] for i, row in zip(target, references)])
+    assert set(others.tolist()) == {0, 1, 2}
+
+
+def test_without_strangers_batches_are_what_they_were():
+    groups = [torch.arange(10), torch.arange(10, 20)]
+    usual = leave_one_out(groups, 50, torch.Generator().manual_seed(0))
+    same = leave_one_out(groups, 50, torch.Generator().manual_seed(0), strangers=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(usual, same))
+    with pytest.raises(ValueError, match="at least two people"):
+        leave_one_out(groups[:1], 4, torch.Generator(), strangers=1.0)

@@ -613,14 +613,23 @@ def test_adapters_of_another_recipe_are_refused_and_missing_ones_trained_by_it(
     assert found["avg"] == file
     assert " ".join(calls[0][2:]) == (
         f"--agg avg --model {tiny_folder} --out {file.parent} --device cpu --resume "
-        "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 1 --precision 1 --init 1")
+        "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 1 --precision 1 --init 1 --strangers 0.0")
     file.unlink()
+    other = exam_folder / "runs/seed-1-strangers-0.5/avg/ip-adapter.safetensors"
+    changed = recipe(unet, seed="1", strangers="0.5")
+    other.parent.mkdir(parents=True)
+    adapter.save(other, changed)
+    changes = dict(seed=1, strangers=0.5)
+    assert adapters.find_adapters(exam_folder / "runs", "cpu", "avg", **changes) == {"avg": other}
+    adapter.save(other, recipe(unet, seed="1"))
+    with pytest.raises(ValueError, match="strangers 0.0, not 0.5"):
+        adapters.find_adapters(exam_folder / "runs", "cpu", "avg", **changes)
     code, _, line = command(table1, *SIZE)
     assert code == 2 and "training it failed" in line
     first = exam_folder / "runs/selfattn/ip-adapter.safetensors"
     adapter.save(first)  # says nothing of how it was trained
     line = command(table1, *SIZE)[2]
-    assert "selfattn/ip-adapter.safetensors was not trained" in line and "data unknown, not known" in line
+    assert "selfattn/ip-adapter.safetensors was not trained" in line and "data is not said" in line
     adapter.save(first, recipe(unet, base="of older weights"))
     assert "another UNet" in command(table1, *SIZE)[2]
 
