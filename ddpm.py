@@ -122,6 +122,17 @@ def guide(eps_cond, eps_uncond, w):
     return w * eps_cond + (1 - w) * eps_uncond
 
 
+def rescale_guidance(eps_hat, eps_cond, phi):
+    """φ·ε̂·σ(ε_cond)/σ(ε̂) + (1−φ)·ε̂   (Lin et al. 2023, eq. 14–16). Not in the paper.
+
+    Large w makes ε̂ longer than any ε is, and pictures too bright; φ = 1 gives every row (B, …) the
+    standard deviation of the conditional answer, φ = 0 changes nothing.
+    """
+    over = tuple(range(1, eps_hat.ndim))
+    ratio = eps_cond.std(over, keepdim=True) / eps_hat.std(over, keepdim=True)
+    return phi * ratio * eps_hat + (1 - phi) * eps_hat
+
+
 def predict_x0(x_t, t, eps_hat, schedule):
     """x̂₀ = (x_t − √(1−ᾱ_t)·ε̂)/√ᾱ_t   (eq. 8 solved for x₀)
 

@@ -12,7 +12,7 @@ ratio: then the loss above is ‖ε − ε_θ‖², eq. 1 without image tokens (
 
 Where the paper is silent: x and x_pr are VAE latents, as in eq. 1. A batch holds as many class
 pictures as photos, each with its own t and ε. Class pictures are made by the model as it was,
-without guidance, as the formula says: guidance would make them alike.
+without guidance, as the formula says (`DreamBooth.class_guidance` changes that).
 
 LoRA trains low-rank updates of the attention projections. Its files have diffusers' layout,
 `unet.<layer>.lora_A.weight` and `lora_B.weight`, with α/r multiplied into B.
@@ -46,6 +46,7 @@ class DreamBooth:
     class_images: int = 200
     train_text_encoder: bool = False
     lora: int = None  # train only updates of this rank of the attention
+    class_guidance: float = 1.0  # w of eq. 11 for the class pictures; 1: none
 
 
 def write_prompts(identifier, noun):
@@ -126,16 +127,19 @@ def prior_preservation_loss(unet, z_0, z_pr, t, eps, c, c_pr, schedule, prior_we
 # ---------------------------------------------------------------- class pictures
 
 @first_alone()
-def make_class_images(sd, prompt, out, count, seed=0, steps=30, batch=8, model=None):
+def make_class_images(sd, prompt, out, count, seed=0, steps=30, batch=8, model=None, w=1.0):
     """x_pr = x̂(z, c_pr),   z ~ N(0, I)   (section 3.2)
 
     `count` PNG files in out/class-<digest of model and settings>, made by `sd` as it is; existing
     files are reused. Picture k starts from the noise of seed + k. Returns the files.
-    batch: how many are made at once; model: a digest of UNet, text encoder and VAE, if it is known.
+    batch: how many are made at once; model: a digest of UNet, text encoder and VAE, if it is known;
+    w: of eq. 11, 1 is no guidance.
     """
     precision = autocast_dtype(device_of(sd.unet))
     settings = dict(prompt=prompt, seed=seed, steps=steps, precision=precision)
     settings |= dict(scheduler=sd.scheduler, version=1)  # raised when this code makes other ones
+    if w != 1:
+        settings["w"] = w
     model = model or digest(sd.unet, sd.text_encoder, sd.vae)
     key = digest_bytes(model, settings)
     folder = Path(out, f"class-{key[:8]}")
@@ -143,10 +147,11 @@ def make_class_images(sd, prompt, out, count, seed=0, steps=30, batch=8, model=N
     files = [folder / f"{k:04d}.png" for k in range(count)]
     missing = [k for k in range(count) if not files[k].exists()]
     c_pr = sd.encode_prompts([prompt]).float()
+    null_c_t = sd.encode_prompts([""]).float() if w != 1 else None
     with tqdm(total=len(missing), desc=f'pictures of "{prompt}"', disable=not missing) as bar:
         for run in successive_runs(missing, batch):  # `generate` counts the seeds up
             c_t = c_pr.expand(len(run), -1, -1)
-            images = generate(sd, c_t, None, w=1, steps=steps, seed=seed + run[0])
+            images = generate(sd, c_t, null_c_t, w=w, steps=steps, seed=seed + run[0])
             for k, image in zip(run, to_images(images)):
                 save_image(files[k], image)
             bar.update(len(run))

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from aggregators import make_aggregator
-from ddpm import guide, q_sample, sample
+from ddpm import guide, q_sample, rescale_guidance, sample
 from support.checkpoints import adapter_sizes, check_adapter, read_adapter
 from support.configs import naming
 from support.devices import is_large
@@ -219,13 +219,14 @@ def validate_eq1(sd, batches):
 
 # ---------------------------------------------------------------- pictures
 
-def make_guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w=4.0, lam=1.0):
+def make_guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w=4.0, lam=1.0, phi=0.0):
     """ε̂ = w·ε_θ(x_t, c, t) + (1−w)·ε_θ(x_t, t)   (eq. 11), as eps_fn(x_t, t) for ddpm.sample.
 
     c_t (B, L, D), c_i (B, 4M, D) or None; null_c_t: the empty or negative prompt, null_c_i:
     `tokens` of zeroed embeddings, both for 1 or B rows. w = 1 needs and computes only the first
     term. The UNet runs in half precision if its weights are; guidance is in float32, the precision
     of x_t: it subtracts nearly equal numbers, which half precision would round once more.
+    phi: see ddpm.rescale_guidance; 0 is eq. 11 alone.
     """
 
     def conditional_eps(x_t, t):
@@ -244,7 +245,8 @@ def make_guided_eps(unet, c_t, c_i, null_c_t, null_c_i, w=4.0, lam=1.0):
         twice = torch.cat([x_t, x_t]).to(text.dtype)
         eps = unet(twice, t, text, image, lam).to(x_t.dtype)
         eps_cond, eps_uncond = eps.chunk(2)
-        return guide(eps_cond, eps_uncond, w)
+        eps_hat = guide(eps_cond, eps_uncond, w)
+        return rescale_guidance(eps_hat, eps_cond, phi) if phi else eps_hat
 
     return guided_eps
 
@@ -259,17 +261,17 @@ def draw_noise(unet, seeds):
 
 @torch.inference_mode()
 def generate(sd, c_t, null_c_t, c_i=None, null_c_i=None, w=4.0, lam=1.0, steps=30, sampler="dpm",
-             seed=0, progress=False):
+             seed=0, progress=False, phi=0.0):
     """Pictures from noise: prompts c_t (B, L, D), image tokens c_i (B, 4M, D) -> (B, 3, H, W).
 
-    Pixels are in [−1, 1]. null_c_t, null_c_i, w, lam: as in `make_guided_eps`; steps, sampler: as
+    Pixels are in [−1, 1]. null_c_t, null_c_i, w, lam, phi: as in `make_guided_eps`; steps, sampler: as
     in `ddpm.sample`. Picture k starts from the noise of seed + k, so it does not depend on how many
     are made at once (but for sampler="ddpm", which draws noise at every step). ValueError names the
     network whose answer is not finite.
     """
     check_finite(text_encoder=c_t, adapter=c_i)
     x_T = draw_noise(sd.unet, range(seed, seed + len(c_t))).to(c_t.device)
-    eps_fn = make_guided_eps(sd.unet, c_t, c_i, null_c_t, null_c_i, w, lam)
+    eps_fn = make_guided_eps(sd.unet, c_t, c_i, null_c_t, null_c_i, w, lam, phi)
     generator = torch.Generator().manual_seed(seed + 2**31)  # no seed of draw_noise
     z_0 = sample(eps_fn, x_T, sd.schedule, steps, sampler, generator, progress)
     check_finite(UNet=z_0)

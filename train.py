@@ -358,7 +358,7 @@ def train_dreambooth(out, options, method, model, images, identifier, noun):
         if method.prior_weight:
             at_once = options.batch if is_large(sd.unet) else 8
             pictures = make_class_images(sd, texts[1], out, method.class_images, options.seed,
-                                         batch=at_once, model=base)
+                                         batch=at_once, model=base, w=method.class_guidance)
             z_pr = encode_files(sd, pictures, generator)
     rows = fine_tune(sd, texts, z_0, z_pr, out, options, method, settings)
     if not is_first():

@@ -69,20 +69,24 @@ def name_adapter(file):
 
 
 def list_given(wanted, best, others):
-    """{name: file} of the adapters that the user names.
+    """{name: its files} of the adapters that the user names: several of a kind are its trainings.
 
-    best: the file of the paper's method, whose aggregator is `wanted`; None: there is no such row.
-    ValueError: one that is none, two of one kind, or `best` is of another aggregator.
+    best: files of the paper's method, whose aggregator is `wanted`; none: there is no such row.
+    ValueError: one that is none, two of one kind and seed, or `best` is of another aggregator.
     """
     found = {}
-    for file in [best, *others] if best else others:
+    seeds = {}
+    for file in [*best, *others]:
         name = name_adapter(file)
-        if file == best and name != wanted:
+        if file in best and name != wanted:
             raise ValueError(f"--{wanted} {file} is of the aggregator {name}: name it in --trained")
-        if name in found:
-            both = f"{found[name]} and {file}"
-            raise ValueError(f"{both} are both of the aggregator {name}: give one")
-        found[name] = file
+        _, metadata = read_adapter(file)
+        training = (name, metadata.get("seed"))
+        if training in seeds:
+            both = f"{seeds[training]} and {file} are both of the aggregator {name}"
+            raise ValueError(f"{both}, and of one seed: give one of them")
+        seeds[training] = file
+        found.setdefault(name, []).append(file)
     return found
 
 
@@ -133,6 +137,8 @@ def check_recipe(file, recipe, unet):
     found = read_recipe(file)
     wrong = []
     for key, value in recipe.items():
+        if key == "init":
+            continue  # a path; what lay there is in "base"
         if found[key] == "unknown":
             wrong.append(f"{key} is not said")
         elif found[key] != value:

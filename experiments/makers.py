@@ -1,7 +1,7 @@
 """Makers: a plan becomes folders of pictures. What is there already is not made again.
 
 Units of work are fixed by the plan: of an adapter a batch of successive pictures of the whole list,
-of DreamBooth a person. So a run that was interrupted, or shared out by torchrun, makes the same
+of DreamBooth a person, who is taught once for all its rows. So a run that was interrupted, or shared out by torchrun, makes the same
 pictures bit for bit.
 """
 
@@ -29,10 +29,10 @@ from train import DEFAULTS, Options, fine_tune
 
 
 @torch.inference_mode()
-def make_pictures(sd, prompts, settings, seed, adapter=None, embeds=None, lam=1.0):
+def make_pictures(sd, prompts, settings, seed, adapter=None, embeds=None, lam=1.0, phi=0.0):
     """Pictures of n prompts from the noise of seed, seed + 1, …: uint8 (n, 3, H, W).
 
-    embeds (n, N, E): the references of each picture, for `adapter`.
+    embeds (n, N, E): the references of each picture, for `adapter`. phi: ddpm.rescale_guidance.
     """
     made = []
     c_i = null_c_i = None
@@ -46,7 +46,7 @@ def make_pictures(sd, prompts, settings, seed, adapter=None, embeds=None, lam=1.
                 c_i = adapter.tokens(references)
                 null_c_i = adapter.tokens(torch.zeros_like(references[:1]))
             images = generate(sd, c_t[:-1], c_t[-1:], c_i, null_c_i, settings.guidance, lam,
-                              settings.steps, seed=seed + start)
+                              settings.steps, seed=seed + start, phi=phi)
         made.append(to_bytes(images))
     return torch.cat(made)
 
@@ -65,7 +65,8 @@ def teach_person(sd, photos, noun, settings, method, steps=None, lr=None):
         z_0 = torch.cat(latents).float()
         z_pr = z_0[:0]
         if method.prior_weight:
-            files = make_class_images(sd, prompts[1], CACHE, method.class_images, settings.seed)
+            files = make_class_images(sd, prompts[1], CACHE, method.class_images, settings.seed,
+                                      w=method.class_guidance)
             z_pr = encode_files(sd, files, generator)
     dtype = next(sd.unet.parameters()).dtype
     person.unet = copy.deepcopy(sd.unet).float()  # what trains is float32
@@ -101,6 +102,7 @@ class Maker:
         self.settings = plan.settings
         self.references = None  # (P, 9, E)
         self.ready = None  # the last method's name, adapter and (P, N, E) references
+        self.taught = None  # the last person and teaching of DreamBooth, and the model
 
     def make(self):
         """Photos and pictures of all methods; several processes share the units out."""
@@ -109,7 +111,8 @@ class Maker:
             self.plan.settle()
             write_photos(self.plan)
             write_round_trips(self.plan, self.sd)
-        units = self.list_units()[rank() :: world_size()]
+        jobs = self.list_jobs()[rank() :: world_size()]
+        units = [unit for job in jobs for unit in job]
         total = sum(unit.cost * len(unit.files) for unit in units)
         missing = [unit for unit in units if not unit.is_done]
         done = total - sum(unit.cost * len(unit.files) for unit in missing)
@@ -133,16 +136,34 @@ class Maker:
                     what = f"reads image embeddings of width {found}, the model's have {width}"
                     raise ValueError(f"{method.file} is of another image encoder: it {what}")
 
-    def list_units(self):
-        """All units of the plan, done or not, always in the same order."""
-        units = []
+    def list_jobs(self):
+        """All units of the plan, done or not, always in the same order, in lists.
+
+        A list is for one process: the rows of a person whom DreamBooth teaches once, or one unit.
+        """
+        jobs = []
+        taught = {}  # teaching -> the list of each person
         people = range(len(self.plan.subjects))
         for name, method in self.plan.methods.items():
-            files = [file for p in people for file in self.plan.files(name, p)]
-            size = self.plan.n if method.dreambooth else self.settings.batch
-            for number, first in enumerate(range(0, len(files), size)):
-                part = files[first : first + size]
-                units.append(Unit(name, number, part, first, self.count_evaluations(method)))
+            if method.dreambooth and method.teaching_key not in taught:
+                taught[method.teaching_key] = [[] for _ in people]
+                jobs += taught[method.teaching_key]
+            for unit in self.list_units(name, method):
+                if method.dreambooth:
+                    taught[method.teaching_key][unit.number].append(unit)
+                else:
+                    jobs.append([unit])
+        return jobs
+
+    def list_units(self, name, method):
+        """The units of a method: of DreamBooth a person each."""
+        people = range(len(self.plan.subjects))
+        files = [file for p in people for file in self.plan.files(name, p)]
+        size = self.plan.n if method.dreambooth else self.settings.batch
+        cost = self.count_evaluations(method)
+        units = []
+        for number, first in enumerate(range(0, len(files), size)):
+            units.append(Unit(name, number, files[first : first + size], first, cost))
         return units
 
     def count_evaluations(self, method):
@@ -151,39 +172,62 @@ class Maker:
         count = self.settings.steps * (1 if w == 1 else 2)
         if method.dreambooth:
             steps, batch, _ = DEFAULTS["dreambooth", is_large(self.sd.unet)]
+            steps = method.steps or steps
             count += 3 * steps * 2 * batch // self.plan.n
         return count
 
     def make_unit(self, unit):
-        """Make the pictures of a unit and write the missing ones, after the seconds they took."""
-        began = time.perf_counter()
+        """Make the pictures of a unit and write the missing ones, after the seconds they took.
+
+        The seconds hold those of teaching the person, for every row that uses it.
+        """
         method = self.plan.methods[unit.name]
+        began = time.perf_counter()
+        if method.dreambooth:
+            began -= self.teach(unit.number, method)
         prompts = self.plan.prompts[unit.first : unit.first + len(unit.files)]
         settings = self.settings
         if method.guidance is not None:
             settings = replace(settings, guidance=method.guidance)
         seed = settings.seed + unit.first
         if method.dreambooth:
-            pictures = self.make_person(unit.number, prompts, method)
+            pictures = self.make_person(unit.number, prompts, settings, method)
         else:
             adapter, embeds = self.prepare(unit.name)
             people = torch.arange(unit.first, unit.first + len(unit.files)) // self.plan.n
             embeds = embeds[people] if adapter else None
-            pictures = make_pictures(self.sd, prompts, settings, seed, adapter, embeds, method.lam)
+            pictures = make_pictures(self.sd, prompts, settings, seed, adapter, embeds, method.lam,
+                                     method.phi)
         seconds = time.perf_counter() - began
         note = self.plan.out / unit.name / f"seconds-{unit.number:04d}.json"
         write_json(note, {"pictures": len(unit.files), "seconds": round(seconds, 3)})
         save_bytes(unit.files, pictures)
 
-    def make_person(self, p, prompts, method):
-        """Pictures of "sks person" by a model that learned person p, always from the same weights."""
+    def make_person(self, p, prompts, settings, method):
+        """Pictures of "sks person" by the model that learned person p (`teach`)."""
+        noun = self.plan.subjects[p].person.noun
+        prompts = [name_person(prompt, noun) for prompt in prompts]
+        seed = settings.seed + p * self.plan.n
+        _, model, _ = self.taught
+        return make_pictures(model, prompts, settings, seed, phi=method.phi)
+
+    def teach(self, p, method):
+        """Let self.taught be the model that learned person p, always from the same weights.
+
+        Returns the seconds that took if it was there already, from the last row; else 0, as the
+        clock runs.
+        """
+        key = (p, method.teaching_key)
+        if self.taught and self.taught[0] == key:
+            return self.taught[2]
+        began = time.perf_counter()
         noun = self.plan.subjects[p].person.noun
         photos = read_pictures(self.plan.files("references", p, REFERENCES))
         with alone():  # other processes learn other people
-            taught = teach_person(self.sd, photos, noun, self.settings, method.dreambooth)
-        prompts = [name_person(prompt, noun) for prompt in prompts]
-        seed = self.settings.seed + p * self.plan.n
-        return make_pictures(taught, prompts, self.settings, seed)
+            model = teach_person(self.sd, photos, noun, self.settings, method.dreambooth,
+                                 method.steps, method.lr)
+        self.taught = (key, model, time.perf_counter() - began)
+        return 0.0
 
     def prepare(self, name):
         """-> the adapter of a method, attached to the UNet, or None; its references (P, N, E)."""

@@ -14,7 +14,7 @@ picture p·n + k of all, and starts from the noise of seed + p·n + k.
 """
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from data import LFW, Person, ToyFaces, digest_encoders, split
 from dreambooth import DreamBooth
 from support.files import digest, digest_bytes, digest_file, read_json, write_json
 
-VERSION = 2  # of the pictures: raised by hand when this or any other code makes other ones
+VERSION = 3  # of the pictures: raised by hand when this or any other code makes other ones
 REFERENCES = 9
 VALIDATION = 100  # people: data.load_people validates on so many of a folder's held-out people
 
@@ -41,6 +41,7 @@ class Settings:
     steps: int = 20
     seed: int = 2020  # of the noise
     batch: int = 32
+    validation: bool = False  # of the people on whom things are chosen, not of the exam's
 
     @property
     def n(self):
@@ -60,7 +61,10 @@ class Method:
     kinds: tuple = None  # instead: nine photos, each of a kind (makers.Maker.embed_kinds)
     lam: float = 1.0
     guidance: float = None  # w, if it is not that of the settings
+    phi: float = 0.0  # of ddpm.rescale_guidance
     dreambooth: DreamBooth = None
+    steps: int = None  # of DreamBooth's training, and its peak learning rate; None: as in train.py
+    lr: float = None
 
     def describe(self):
         """What its pictures depend on, as plan.json keeps it: the adapter's content, not its name."""
@@ -68,6 +72,11 @@ class Method:
         facts["kinds"] = self.kinds and list(self.kinds)
         facts["file"] = self.file and digest_file(self.file)
         return facts
+
+    @property
+    def teaching_key(self):
+        """What a model that DreamBooth taught depends on, beside the person."""
+        return (*astuple(self.dreambooth), self.steps, self.lr)
 
 
 @dataclass
@@ -221,14 +230,20 @@ def choose_subjects(source, size, settings):
 
     source: "toy": of ToyFaces' seed 2, after the hundred of validation. A folder like LFW: of the
     held-out third (data.split), those with more than nine photos; the hundred that train.py
-    validates on come last, so that they are taken only if there are no others.
+    validates on come last, so that they are taken only if there are no others. For
+    settings.validation it is the hundred, and nobody else.
     """
     if source == "toy":
         photos = REFERENCES + 2 * settings.n
-        people = ToyFaces(VALIDATION + settings.people, photos, size, seed=2).people[VALIDATION:]
+        first = 0 if settings.validation else VALIDATION
+        last = first + settings.people
+        if settings.validation and last > VALIDATION:
+            raise ValueError(f"--people {settings.people}: there are {VALIDATION} for validation")
+        people = ToyFaces(last, photos, size, seed=2).people[first:]
         return [Subject.choose(person, settings) for person in people]
     _, held_out = split(LFW(source, size).people)
-    held_out = held_out[VALIDATION:] + held_out[:VALIDATION]
+    known = held_out[:VALIDATION]
+    held_out = known if settings.validation else held_out[VALIDATION:] + known
     people = [person for person in held_out if len(person.photos) > REFERENCES]
     if len(people) < 2:
         needs = f"two people with at least {REFERENCES + 1} photos each are needed"

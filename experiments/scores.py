@@ -1,7 +1,14 @@
-"""Scores: folders of a plan become rows of numbers with intervals over people, and a table.
+"""Scores: folders of a plan become rows of numbers with intervals, and a table.
 
-A row is read from its folder by the judges (judging.py). FID compares with the held-out photos of
-the same people, which have the scenes of the prompts; KID leaves out all pairs of one person.
+A row is one method: its folders, one for each seed that its adapter was trained with, are read by the
+judges (judging.py), and every number is the mean over the trainings. FID compares with the held-out
+photos of the same people, which have the scenes of the prompts; KID leaves out all pairs of one
+person.
+
+Intervals are over people and, if there are several trainings, over these as well (metrics.bootstrap_ci,
+"two-way"): in each draw people are drawn anew, and so are trainings, and all rows get the same draws.
+So a difference to another row is of the same people; and training k of one row is set against training
+k of the other, which saw the same photos in the same order.
 """
 
 import json
@@ -19,22 +26,28 @@ DRAWS = 1000  # of the bootstrap
 FEW_DRAWS = 200  # of FIDs of more than MANY features: each takes a second
 MANY = 512
 COPIES = ("copy", "face copy")  # shown minus what real photos score
+LAST = ["w", "trainings", "s/picture ↓", "N"]  # the columns that no judge fills
 
 
 def format_cell(value):
-    """A number, (number, low, high), or None, as the text of a cell."""
+    """A number, (number, low, high), text, or None, as the text of a cell."""
     if isinstance(value, tuple):
         number, low, high = map(format_cell, value)
         return f"{number} ({low} … {high})"
     if value is None:
         return "–"
-    if isinstance(value, int):
+    if isinstance(value, (int, str)):
         return str(value)
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-class Row:
-    """What is known of a row of the table. seen: for each person a tensor, see Judges.judge.
+def subtract(statistic, other):
+    """The difference of two statistics of the same people and runs."""
+    return lambda *drawn: statistic(*drawn) - other(*drawn)
+
+
+class Pictures:
+    """What is known of a folder of pictures. seen: for each person a tensor, see Judges.judge.
 
     people: the numbers of those who have pictures in it. is_shuffled: they show somebody else.
     """
@@ -74,6 +87,62 @@ class Row:
         return sum(len(features) for features in self.seen["features"])
 
 
+class Row:
+    """A method: its Pictures, of one training or of several, and the FIDs that were measured.
+
+    Functions of (people, runs) are means over the trainings `runs`, numbers of `trainings`; a run
+    beyond the last begins at the first again.
+    """
+
+    def __init__(self, *trainings):
+        self.trainings = trainings
+        self.people = trainings[0].people
+        self.is_shuffled = trainings[0].is_shuffled
+        self.runs = range(len(trainings)) if len(trainings) > 1 else ()
+        self.distances = {}  # (run, people) -> FID: intervals of rows and of differences share it
+
+    def __len__(self):
+        return sum(map(len, self.trainings))
+
+    def average(self, measures):
+        """statistic(people, runs) from a statistic(people) for each training."""
+
+        def statistic(people, runs=(0,)):
+            values = [measures[run % len(measures)](people) for run in runs]
+            return sum(values) / len(values)
+
+        return statistic
+
+    def mean(self, name):
+        """statistic(people, runs) of numbers that are known of each picture."""
+        return self.average([pictures.mean(name) for pictures in self.trainings])
+
+    def kid(self):
+        return self.average([pictures.kid for pictures in self.trainings])
+
+    def score(self, marginal):
+        """The inception score."""
+
+        def measure(pictures):
+            return lambda people: inception_score(pictures.pick("probs", people), marginal)
+
+        return self.average([measure(pictures) for pictures in self.trainings])
+
+    def fid(self):
+        """The bootstrap draws the same people for every row, so each FID is measured once."""
+
+        def measure(run, pictures):
+            def distance(people):
+                key = (run, tuple(people))
+                if key not in self.distances:
+                    self.distances[key] = pictures.measure_fid(people)
+                return self.distances[key]
+
+            return distance
+
+        return self.average([measure(*item) for item in enumerate(self.trainings)])
+
+
 class Table:
     """Scores folders, prints every row at once, and keeps all for table.md and table.json."""
 
@@ -82,10 +151,10 @@ class Table:
         self.judges = judges
         self.numbers = {}  # title -> {column: number, or (number, low, high)}
         self.rows = {}  # title -> Row
-        self.distances = {}  # (title, people) -> FID: intervals of rows and of differences share it
+        self.differences = {}  # title -> {column: (number, low, high)}, see add_differences
         self.lines = []
         self.others = self.read_photos("other-photos")
-        self.columns = judges.columns + ["s/picture ↓", "N"]
+        self.columns = judges.columns + LAST
         # The mean copying of real photos: what a method copies is shown as the difference to it.
         self.natural = {}
         for column in COPIES:
@@ -102,7 +171,7 @@ class Table:
         self.print_line(f"*{text}*", *[""] * len(self.columns))
 
     def read(self, files, shots, targets, is_shuffled=False):
-        return Row(self.judges.judge(files, shots, targets), self.judges.held, is_shuffled)
+        return Pictures(self.judges.judge(files, shots, targets), self.judges.held, is_shuffled)
 
     def read_photos(self, folder, shift=0):
         """The Row of a folder of real photos, None if there are none.
@@ -115,47 +184,60 @@ class Table:
         shots = [some for _, some in photos]
         if not any(files):
             return None
-        return self.read(files, shots, [None] * len(people), is_shuffled=shift != 0)
+        return Row(self.read(files, shots, [None] * len(people), is_shuffled=shift != 0))
 
-    def add_folder(self, title, folder, seconds=None):
-        """Score the pictures of a method and print the row."""
+    def read_folder(self, folder):
+        """The Pictures that a method made."""
         people = range(len(self.plan.subjects))
         files = [self.plan.files(folder, p) for p in people]
         shots = [self.plan.shots(p) for p in people]
         targets = [self.plan.scenes(p) for p in people]
-        return self.add(title, self.read(files, shots, targets), seconds)
+        return self.read(files, shots, targets)
 
-    def add_method(self, name):
-        title = self.plan.methods[name].title
-        return self.add_folder(title, name, read_seconds(self.plan, name))
+    def add_folder(self, title, folder):
+        """Score pictures that belong to no method, and print the row."""
+        return self.add(title, Row(self.read_folder(folder)))
+
+    def add_method(self, *names):
+        """Score the pictures of a method, of all its trainings, and print the row."""
+        methods = [self.plan.methods[name] for name in names]
+        w = methods[0].guidance
+        w = self.plan.settings.guidance if w is None else w
+        seconds = [read_seconds(self.plan, name) for name in names]
+        seconds = [value for value in seconds if value is not None]
+        mean_seconds = sum(seconds) / len(seconds) if seconds else None
+        row = Row(*map(self.read_folder, names))
+        return self.add(methods[0].title, row, w, mean_seconds)
 
     def add_round_trips(self, title):
         """The same for the real photos that went through the VAE: each has the scene of itself."""
         photos = [subject.held for subject in self.plan.subjects]
         files = [self.plan.files("round-trip", p, len(held)) for p, held in enumerate(photos)]
         targets = [torch.arange(len(held)) for held in photos]
-        return self.add(title, self.read(files, photos, targets))
+        return self.add(title, Row(self.read(files, photos, targets)))
 
-    def add(self, title, row, seconds=None):
-        """Print a Row, if at least two people are in it."""
+    def add(self, title, row, w=None, seconds=None):
+        """Print a Row, if at least two people are in it. w: of eq. 11; seconds: of a picture."""
         if row is None or len(row.people) < 2:
             print(f"note: fewer than two people have pictures for the row: {title}")
             return None
         self.rows[title] = row
         scores = {
-            "FID ↓": lambda people: self.measure_fid(title, people),
-            "KID ↓": row.kid,
-            "IS uniform ↑": lambda people: inception_score(row.pick("probs", people), "uniform"),
-            "IS empirical ↑": lambda people: inception_score(row.pick("probs", people)),
+            "FID ↓": row.fid(),
+            "KID ↓": row.kid(),
+            "IS uniform ↑": row.score("uniform"),
+            "IS empirical ↑": row.score("empirical"),
         }
         numbers = {}
-        for column in self.columns[:-2]:
+        for column in self.judges.columns:
             if row.is_shuffled and column in scores:
                 numbers[column] = None  # the real photos themselves, in another order
                 continue
             statistic = scores.get(column) or self.measure_mean(row, column)
             draws = self.fid_draws if column == "FID ↓" else DRAWS
-            numbers[column] = self.estimate(row.people, statistic, draws)
+            numbers[column] = self.estimate(row.people, row.runs, statistic, draws)
+        numbers["w"] = w if w is None else f"{w:g}"
+        numbers["trainings"] = len(row.trainings)
         numbers["s/picture ↓"] = seconds
         numbers["N"] = len(row)
         self.numbers[title] = numbers
@@ -165,14 +247,7 @@ class Table:
     def measure_mean(self, row, column):
         mean = row.mean(column)
         usual = self.natural.get(column, 0)
-        return lambda people: mean(people) - usual
-
-    def measure_fid(self, title, people):
-        """Row.measure_fid. The bootstrap draws the same people for every row."""
-        key = (title, tuple(people))
-        if key not in self.distances:
-            self.distances[key] = self.rows[title].measure_fid(people)
-        return self.distances[key]
+        return lambda *drawn: mean(*drawn) - usual
 
     @property
     def fid_draws(self):
@@ -180,33 +255,30 @@ class Table:
         return DRAWS if width <= MANY else FEW_DRAWS
 
     @staticmethod
-    def estimate(people, statistic, draws=DRAWS):
-        """(statistic(people), low, high): with the 95 % interval over people."""
-        return statistic(people), *bootstrap_ci(people, statistic, draws)
+    def estimate(people, runs, statistic, draws=DRAWS):
+        """(statistic, low, high): with the 95 % interval over people, and over runs if there are any."""
+        value = statistic(people, runs) if runs else statistic(people)
+        return value, *bootstrap_ci(people, statistic, draws, runs=runs)
 
     def add_differences(self, best):
-        """Other rows minus the row `best`, with intervals over the same people for both.
+        """Other rows minus the row `best`, with intervals over the same people and runs for both.
 
         They are narrower than those of each alone: all methods have the same people and noise.
         """
-        column = self.identity_column
-        name = column.removesuffix(" ↑")
-        self.lines += ["", f"| minus {best} | FID | {name} |", "|---|---|---|"]
-        mean_of_best = self.rows[best].mean(column)
+        columns = ("FID ↓", self.identity_column)
+        names = [column.removesuffix(" ↓").removesuffix(" ↑") for column in columns]
+        self.lines += ["", f"| minus {best} | {' | '.join(names)} |", "|---|---|---|"]
+        of_best = self.rows[best]
         for title, row in self.rows.items():
             if title == best or row.is_shuffled:
                 continue
-            mean = row.mean(column)
-
-            def subtract_fids(people):
-                return self.measure_fid(title, people) - self.measure_fid(best, people)
-
-            def subtract_means(people):
-                return mean(people) - mean_of_best(people)
-
-            by_fid = self.estimate(row.people, subtract_fids, self.fid_draws)
-            by_identity = self.estimate(row.people, subtract_means)
-            self.print_line(title, format_cell(by_fid), format_cell(by_identity))
+            runs = max(row.runs, of_best.runs, key=len)
+            by_fid = subtract(row.fid(), of_best.fid())
+            by_identity = subtract(row.mean(columns[1]), of_best.mean(columns[1]))
+            cells = (self.estimate(row.people, runs, by_fid, self.fid_draws),
+                     self.estimate(row.people, runs, by_identity))
+            self.differences[title] = dict(zip(columns, cells))
+            self.print_line(title, *map(format_cell, cells))
 
     @property
     def identity_column(self):
@@ -215,7 +287,7 @@ class Table:
             if column in self.columns:
                 return column
 
-    def write_note(self, command, w):
+    def write_note(self, command):
         """The text under the table: how it was made, and what its columns are."""
         settings = self.plan.settings
         judges = "\n".join(f"- {text}." for text in self.judges.names)
@@ -223,9 +295,11 @@ class Table:
         return f"""
 `{command}`: {len(self.plan.subjects)} people never seen in training,
 {settings.photos} prompts each, {settings.seeds} pictures a prompt,
-{w or f"w = {settings.guidance}"}, {settings.steps} steps, seed {settings.seed}.
+{settings.steps} steps, seed {settings.seed}; w is that of eq. 11.
 {judges}
-In brackets: 95 % intervals over people ({DRAWS} draws, of FID {self.fid_draws}).
+In brackets: 95 % intervals over people and, of rows of several trainings, over these too: both are
+drawn anew, with replacement, in each of {DRAWS} draws (of FID {self.fid_draws}). Numbers of such rows
+are means over the trainings.
 FID is to held-out photos of the same people, which have the scenes of the prompts; FeatureNet's
 does not see blur and noise. KID leaves out pairs of one person. Identity, prompt: right attributes
 among those that the prompt leaves visible. CLIP-I, face identity: cosine to the person's other
@@ -235,12 +309,12 @@ fine-tuning, and a share of the class pictures if these were not there yet. IS c
 the hair under a hat, too.
 """
 
-    def write(self, stem, w=None):
-        """<stem>.md and .json in the plan's folder. w: what is said of the guidance, if it varies."""
+    def write(self, stem):
+        """<stem>.md and .json in the plan's folder."""
         out = self.plan.out
         program = sys.argv[0].replace("\\", "/").removesuffix(".py").split("/")[-2:]
         command = " ".join(["python -m", ".".join(program), *sys.argv[1:]])
-        note = self.write_note(command, w)
+        note = self.write_note(command)
         content = {
             "command": command,
             "features": self.judges.quality.name,
@@ -249,6 +323,7 @@ the hair under a hat, too.
             "dreambooth": dict(zip(("steps", "batch", "lr"), DEFAULTS["dreambooth", False])),
             "settings": {name: str(value) for name, value in vars(self.plan.settings).items()},
             "rows": self.numbers,
+            "differences": self.differences,
         }
         text = "\n".join([*self.lines, note])
         write_all({out / f"{stem}.md": text, out / f"{stem}.json": json.dumps(content, indent=1)})

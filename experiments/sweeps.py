@@ -1,21 +1,36 @@
 """Quality against one thing at a time, on toy people that nobody was trained on.
 
-    python -m experiments.sweeps refs     1 to 9 reference photos
-    python -m experiments.sweeps lam      the weight λ of the references, 0 to 1.5
-    python -m experiments.sweeps w        the guidance w, 1.5 to 6
-    python -m experiments.sweeps kinds    references that hide the person, or show somebody else
+On the people of the tables:
+
+    python -m experiments.sweeps refs         1 to 9 reference photos
+    python -m experiments.sweeps lam          the weight λ of the references, 0 to 1.5
+    python -m experiments.sweeps kinds        references that hide the person, or show somebody else
+    python -m experiments.sweeps people       how many people the adapter was trained on, 50 to 1,600
+    python -m experiments.sweeps steps        how many steps it was trained for, 0 to 800
+
+By these, things are chosen (chosen.py has the rules), so they take people of validation:
+
+    python -m experiments.sweeps dreambooth   recipes of DreamBooth
+    python -m experiments.sweeps w            the guidance w of every method of the table, 1 to 6
+    python -m experiments.sweeps phi          rescaled guidance (ddpm.rescale_guidance)
 """
 
-from dataclasses import replace
+import csv
+from dataclasses import dataclass, replace
 
+from dreambooth import DreamBooth
+from experiments import chosen
+from experiments.adapters import BEST, find_adapters, read_recipe
 from experiments.judging import Judges
 from experiments.makers import Maker
+from experiments.photos import read_pictures
 from experiments.plan import Method
-from experiments.scores import Table
-from experiments.table1 import add_exam_arguments, prepare
+from experiments.scores import Table, format_cell
+from experiments.table1 import (add_exam_arguments, is_toy_world, list_methods, list_trainings,
+                                prepare)
 from support.claim import claim
-from support.distributed import is_first, processes
-from support.plots import plot_curves
+from support.distributed import first_alone, is_first, processes
+from support.plots import plot_curves, plot_paths
 from support.program import make_parser, run
 
 SUNGLASSES, HAT, SCARF = 1, 2, 3  # classes of toyfaces.drawing.SCENE["accessory"]
@@ -27,90 +42,270 @@ KINDS = {  # of the nine references: see Maker.embed_kinds; None: all as they we
     "nine in scarves": (SCARF,) * 9,
     "eight in sunglasses, one bare": (SUNGLASSES,) * 8 + (0,),
     "eight in hats, one bare": (HAT,) * 8 + (0,),
+    "one of somebody else": (None,) * 8 + ("stranger",),
     "three of somebody else": (None,) * 6 + ("stranger",) * 3,
 }
-GUIDANCES = (1.5, 2.5, 4.0, 6.0)
-TRAINED = {"refs": ["avg"], "lam": [], "w": [], "kinds": ["avg", "concat"]}  # beside selfattn
+GUIDANCES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
+FEW_GUIDANCES = {"dreambooth": (1.5, 2.5, 4.0), "phi": (2.0, 3.0, 4.0, 6.0)}
+PHIS = (0.0, 0.35, 0.7, 1.0)
+RECIPES = (  # of DreamBooth: steps, peak learning rate, guidance of the class pictures
+    (100, 1e-3, 1.0),
+    (200, 5e-4, 1.0),
+    (200, 1e-3, 1.0),
+    (200, 2e-3, 1.0),
+    (400, 1e-3, 1.0),
+    (200, 1e-3, 4.0),
+)
+PEOPLE = (50, 100, 200, 400, 800, 1600)
+STEPS = (100, 200, 400, 800)
+STRANGERS = 0.5  # the probability with which the adapters of `kinds` met strangers in training
+PAPER = ("one-photo", "dreambooth", "max", "avg", BEST)  # names of the paper's rows
+CHOICES = ("dreambooth", "w", "phi")
+LABELS = {"refs": "number of references", "lam": "λ", "w": "guidance w", "phi": "guidance w",
+          "people": "people in training", "steps": "steps of training", "dreambooth": "guidance w"}
+TRAINED = {  # the adapters that a sweep needs beside self-attention
+    "refs": ["avg"], "kinds": ["avg", "concat"], "w": ["max", "avg", "concat", "same-photo"]}
 
 
-def list_methods(which, single, trained):
-    """The rows of a sweep: {folder: (name of the method, what is varied, its value, Method)}.
+@dataclass
+class Point:
+    """A row of a sweep: a point of the curve `name`, at x, whose method has a folder."""
 
-    Rows of trained adapters that were not given are left out.
+    name: str
+    label: str
+    x: float
+    method: Method
+
+
+def vary(name, method, changes):
+    """{part of the folder's name: Point} of a method. changes: [(label, x, {field: value})]."""
+    points = {}
+    for label, x, change in changes:
+        title = f"{name}; {label}"
+        slug = label.replace(" = ", "-").replace(": ", "-").replace(",", "").replace(" ", "-")
+        points[slug] = Point(name, label, x, replace(method, title=title, **change))
+    return points
+
+
+def list_changes(which):
+    """What is varied, as `vary` takes it; people and steps vary the adapter's file instead."""
+    if which == "refs":
+        return [(f"references: {n}", n, {"references": n}) for n in range(1, 10)]
+    if which == "lam":
+        return [(f"λ = {lam}", lam, {"lam": lam}) for lam in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)]
+    if which == "kinds":
+        return [(kind, None, {"kinds": kinds}) for kind, kinds in KINDS.items()]
+    guidances = FEW_GUIDANCES.get(which, GUIDANCES)
+    return [(f"w = {w:g}", w, {"guidance": w}) for w in guidances]
+
+
+def list_points(which, single, trained):
+    """The rows of a sweep: {folder: Point}. Rows of trained adapters that were not given are left out.
+
+    trained: {name: files}, of each the first is taken.
     """
-    methods = {"one-photo": ("IP-Adapter", Method("", single, "none"))}
-    methods["max"] = ("IP-Adapter + Max Pooling", Method("", single, "max"))
-    methods["avg"] = ("IP-Adapter + Avg Pooling", Method("", single, "avg"))
-    names = {"selfattn": "IP-Adapter + Self-Attention", "avg": "Avg, fine-tuned",
-             "concat": "Concat, fine-tuned"}
-    for agg, name in names.items():
-        if agg in trained:
-            methods[f"{agg}-trained"] = (name, Method("", trained[agg], agg))
+    trained = {name: files[:1] for name, files in trained.items()}
+    methods = list_methods(single, trained, which in CHOICES, chosen.DREAMBOOTH)
+    methods = {name: trainings[0] for name, trainings in methods.items()}
     wanted = {
-        "refs": ("max", "avg", "selfattn-trained", "avg-trained"),
-        "lam": ("one-photo", "selfattn-trained"),
-        "w": ("one-photo", "avg", "selfattn-trained"),
-        "kinds": ("selfattn-trained", "avg-trained", "concat-trained"),
+        "refs": ("max", "avg", BEST, "avg-trained"),
+        "lam": ("one-photo", BEST),
+        "kinds": (BEST, "avg-trained", "concat-trained", "selfattn-strangers", "avg-strangers"),
+        "w": tuple(methods),
+        "phi": (BEST,),
     }
-    rows = {}
-    for folder in wanted[which]:
-        if folder in methods:
-            name, method = methods[folder]
-            for key, label, value, varied in vary(which, method):
-                varied = replace(varied, title=f"{name}; {label}")
-                rows[f"{folder}-{key}"] = (name, label, value, varied)
+    for name in ("selfattn-strangers", "avg-strangers"):
+        if name in trained:
+            agg = name.removesuffix("-strangers")
+            (method,) = list_trainings(agg, trained[name])
+            methods[name] = replace(method, title=f"{method.title}, with strangers")
+    methods = {name: methods[name] for name in wanted[which] if name in methods}
+    if which == "phi":
+        methods = {f"phi-{phi}": replace(methods[BEST], phi=phi, title=f"φ = {phi}") for phi in PHIS}
+    points = {}
+    for name, method in methods.items():
+        for slug, point in vary(method.title, method, list_changes(which)).items():
+            points[f"{name}-{slug}"] = point
     if which == "kinds":  # the methods side by side for each kind
         order = list(KINDS)
-        rows = dict(sorted(rows.items(), key=lambda item: order.index(item[1][1])))
-    return rows
+        points = dict(sorted(points.items(), key=lambda item: order.index(item[1].label)))
+    return points
 
 
-def vary(which, method):
-    """Yield (part of the folder's name, label, value, Method) for every value of a sweep."""
-    if which == "refs":
-        for n in range(1, 10):
-            yield n, f"references: {n}", n, replace(method, references=n)
-    elif which == "lam":
-        for lam in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5):
-            yield lam, f"λ = {lam}", lam, replace(method, lam=lam)
-    elif which == "w":
-        for w in GUIDANCES:
-            yield w, f"w = {w}", w, replace(method, guidance=w)
+def list_recipes():
+    """The rows of the sweep of DreamBooth's recipes: {folder: Point}, w on the curves."""
+    points = {}
+    for steps, lr, class_guidance in RECIPES:
+        name = f"{steps} steps, rate {lr:g}, class pictures at w = {class_guidance:g}"
+        taught = DreamBooth(class_guidance=class_guidance)
+        method = Method(name, dreambooth=taught, steps=steps, lr=lr)
+        for slug, point in vary(name, method, list_changes("dreambooth")).items():
+            points[f"steps-{steps}-lr-{lr:g}-class-{class_guidance:g}-{slug}"] = point
+    return points
+
+
+def list_sizes(which, args, device, single):
+    """The rows of self-attention trained on more or fewer people, or for more or fewer steps.
+
+    No steps: the start, which is the average. -> {folder: Point}, and {label: adapter file}.
+    """
+    points, files = {}, {}
+    if which == "steps":
+        method = Method("0 steps (average)", single, "avg")
+        points["steps-0"] = Point("self-attention", method.title, 0, method)
+    with first_alone():
+        usual = find_adapters(args.runs, device, BEST)[BEST]
+        for size in PEOPLE if which == "people" else STEPS:
+            file = usual
+            if read_recipe(usual)[which] != str(size):
+                file = find_adapters(args.runs, device, BEST, **{which: size})[BEST]
+            label = f"{size} {which}"
+            points[f"{which}-{size}"] = Point("self-attention", label, size, Method(label, file, BEST))
+            files[label] = file
+    return points, files
+
+
+# ---------------------------------------------------------------- what a sweep writes
+
+
+def print_bands(table, files):
+    """Where in t eq. 1 falls on held-out people: the change of each band over the training, percent.
+
+    files: {label: adapter file}, beside which lies the log.
+    """
+    rows = {}
+    for label, file in files.items():
+        with open(file.parent / "adapter.csv", newline="") as log:
+            lines = list(csv.DictReader(log))
+        bands = [name for name in lines[0] if name == "validation" or name.startswith("t ")]
+        rows[label] = []
+        for name in bands:
+            start, end = (float(line[name]) for line in (lines[0], lines[-1]))
+            rows[label].append(f"{start:.4f}, {100 * (end / start - 1):+.2f} %")
+    table.lines.append("")
+    table.print_line("validation loss: start, change", *bands)
+    table.print_line(*["---"] * (1 + len(bands)))
+    for label, cells in rows.items():
+        table.print_line(label, *cells)
+
+
+def print_matrix(table, points, column):
+    """One number of all rows: a line a curve, a column an x."""
+    labels = list(dict.fromkeys(point.label for point in points.values()))
+    table.lines.append("")
+    table.print_line(column, *labels)
+    table.print_line(*["---"] * (1 + len(labels)))
+    for name in dict.fromkeys(point.name for point in points.values()):
+        cells = [format_cell(table.numbers[f"{name}; {label}"][column][0]) for label in labels]
+        table.print_line(name, *cells)
+
+
+def choose(table, points, names):
+    """The x of the lowest FID of every curve, and the one of the lowest mean over the curves `names`.
+
+    They are printed and kept in the table. names: curves that share a choice, all with the same x.
+    """
+    column = "FID ↓"
+    curves = {}
+    for point in points.values():
+        value = table.numbers[point.method.title][column][0]
+        curves.setdefault(point.name, {})[point.x] = value
+    table.lines.append("")
+    for name, curve in curves.items():
+        best = min(curve, key=curve.get)
+        table.print_line("chosen", name, f"{best:g}", f"{column} {curve[best]:.2f}")
+    shared = [curves[name] for name in names if name in curves]
+    if shared:
+        means = {x: sum(curve[x] for curve in shared) / len(shared) for x in shared[0]}
+        best = min(means, key=means.get)
+        table.print_line("chosen", "common", f"{best:g}", f"mean {column} {means[best]:.2f}")
+
+
+def print_bright(table, plan, points):
+    """The share of pixels that are nearly white (all channels from 250 on), of pictures and photos."""
+
+    def measure(files):
+        pixels = read_pictures(files)
+        return (pixels >= 250).all(1).float().mean().item()
+
+    people = range(len(plan.subjects))
+    table.lines.append("")
+    real = [file for p in people for file in plan.photo_files(p)["real"][0]]
+    table.print_line("nearly white, percent", f"real photos: {100 * measure(real):.2f}")
+    for folder, point in points.items():
+        made = [file for p in people for file in plan.files(folder, p)]
+        table.print_line(point.method.title, f"{100 * measure(made):.2f}")
+
+
+def draw_curves(which, table, points, path):
+    """Identity against x, or for a choice of w the two planes: FID and prompt against identity."""
+    column = table.identity_column
+    y_label = column.removesuffix(" ↑")
+    if which in CHOICES:
+        paths = {}
+        for point in points.values():
+            numbers = table.numbers[point.method.title]
+            spot = (f"{point.x:g}", numbers["FID ↓"], numbers.get("prompt ↑"), numbers[column])
+            paths.setdefault(point.name, []).append(spot)
+        plot_paths(path, paths, ("FID ↓", "prompt ↑"), column, "numbers are w, bands 95 % intervals")
     else:
-        for kind, kinds in KINDS.items():
-            slug = kind.replace(",", "").replace(" ", "-")
-            yield slug, kind, None, replace(method, kinds=kinds)
+        curves = {}
+        for point in points.values():
+            numbers = table.numbers[point.method.title]
+            curves.setdefault(point.name, []).append((point.x, *numbers[column]))
+        plot_curves(path, curves, LABELS[which], y_label, "with 95 % intervals over people")
+    print(f"wrote {path}")
+
+
+def make_points(which, args, device, single, trained):
+    """-> {folder: Point} of a sweep, and the logs that belong to it: {label: adapter file}."""
+    if which in ("people", "steps"):
+        return list_sizes(which, args, device, single)
+    if which == "dreambooth":
+        return list_recipes(), {}
+    if which == "kinds" and is_toy_world(args):
+        with first_alone():
+            found = find_adapters(args.runs, device, BEST, "avg", strangers=STRANGERS)
+        trained |= {f"{name}-strangers": [file] for name, file in found.items()}
+    return list_points(which, single, trained), {}
 
 
 def make_sweep(which, args, out):
-    names = ("selfattn", *TRAINED[which])
-    judges, sd, plan, single, trained = prepare(args, out, names)
-    if which == "kinds" and not plan.knows_truth:
+    if which in ("people", "steps") and not is_toy_world(args):
+        raise ValueError(f"{which} trains adapters of the toy world: leave out other models and people")
+    if which == "kinds" and args.data != "toy":
         raise ValueError("kinds draws toy people anew: it is not for photos, leave out --data")
-    rows = list_methods(which, single, trained)
-    plan.methods = {folder: method for folder, (*_, method) in rows.items()}
+    args.trainings = 1
+    names = (BEST, *TRAINED.get(which, ()))
+    judges, sd, plan, single, trained = prepare(args, out, names, which in CHOICES)
+    points, logs = make_points(which, args, plan.settings.device, single, trained)
+    plan.methods = {folder: point.method for folder, point in points.items()}
     Maker(plan, sd).make()
     if not is_first():
         return
     table = Table(plan, Judges(plan, sd, *judges))
-    curves = {}
-    for folder, (name, _, value, _) in rows.items():
-        numbers = table.add_method(folder)
-        curves.setdefault(name, []).append((value, *numbers[table.identity_column]))
-    table.write(f"sweep_{which}", w="w as in the rows" if which == "w" else None)
-    if which == "kinds":
-        return  # not a curve
-    x_label = {"refs": "number of references", "lam": "λ", "w": "guidance w"}[which]
-    path = plan.out / f"sweep_{which}.png"
-    y_label = table.identity_column.removesuffix(" ↑")
-    plot_curves(path, curves, x_label, y_label, "with 95 % intervals over people")
-    print(f"wrote {path}")
+    for folder in points:
+        table.add_method(folder)
+    if logs:
+        print_bands(table, logs)
+    if which in CHOICES:
+        for column in ("FID ↓", table.identity_column, "prompt ↑"):
+            if column in table.columns:
+                print_matrix(table, points, column)
+        paper = [point.name for folder, point in points.items() if folder.split("-w-")[0] in PAPER]
+        choose(table, points, list(dict.fromkeys(paper)) if which == "w" else [])
+    if which == "phi":
+        print_bright(table, plan, points)
+    table.write(f"sweep_{which}")
+    if which != "kinds":  # it is no curve
+        draw_curves(which, table, points, plan.out / f"sweep_{which}.png")
 
 
 @processes()
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("which", choices=["refs", "lam", "w", "kinds"], help="what is varied")
+    choices = ["refs", "lam", "kinds", "people", "steps", *CHOICES]
+    parser.add_argument("which", choices=choices, help="what is varied")
     add_exam_arguments(parser)
     args = parser.parse_args()
     out = args.out / f"sweep-{args.which}"

@@ -12,12 +12,12 @@ written (plan.py), then pictures are made (makers.py), then folders are scored (
 made before is not made again. torchrun shares the pictures out.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from dreambooth import DreamBooth
-from experiments.adapters import find_adapters, list_given
+from experiments import chosen
+from experiments.adapters import BEST, find_adapters, list_given
 from experiments.judging import Judges
 from experiments.makers import Maker
 from experiments.photos import load_for_pictures, read_pictures
@@ -32,7 +32,6 @@ from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
 from support.program import device_name, file_path, make_parser, run
 
-BEST = "selfattn"  # the paper's method: the others are compared with it
 TITLES = {  # of the adapters that were trained on; the paper's row is self-attention
     "selfattn": "IP-Adapter + Self-Attention",
     "max": "Max, fine-tuned",
@@ -43,38 +42,58 @@ TITLES = {  # of the adapters that were trained on; the paper's row is self-atte
 }
 
 
-def list_methods(single, trained, with_dreambooth):
-    """{folder: Method} of the paper's rows and then of the controls.
+def list_methods(single, trained, with_dreambooth, training=None):
+    """{name: a Method for each training} of the paper's rows and then of the controls.
 
-    single: the adapter of one photo; trained: {aggregator or "same-photo": file}.
+    single: the adapter of one photo; trained: {aggregator or "same-photo": files}; training: what
+    DreamBooth is taught by (chosen.DREAMBOOTH), None: the defaults of train.py.
     """
-    methods = {"one-photo": Method("IP-Adapter", single, "none")}
+    training = dict(training or {})
+    methods = {"one-photo": [Method("IP-Adapter", single, "none")]}
     if with_dreambooth:
-        methods["dreambooth"] = Method("DreamBooth", dreambooth=DreamBooth())
-    methods["max"] = Method("IP-Adapter + Max Pooling", single, "max")
-    methods["avg"] = Method("IP-Adapter + Avg Pooling", single, "avg")
+        dreambooth = DreamBooth(class_guidance=training.pop("class_guidance", 1.0))
+        methods["dreambooth"] = [Method("DreamBooth", dreambooth=dreambooth, **training)]
+    methods["max"] = [Method("IP-Adapter + Max Pooling", single, "max")]
+    methods["avg"] = [Method("IP-Adapter + Avg Pooling", single, "avg")]
     if BEST in trained:
-        methods[BEST] = Method(TITLES[BEST], trained[BEST], "selfattn")
+        methods[BEST] = list_trainings(BEST, trained[BEST])
     # The controls.
-    methods["text-only"] = Method("text only")
+    methods["text-only"] = [Method("text only")]
     title = "IP-Adapter + Avg Pooling, normalised"
-    methods["avg-normalised"] = Method(title, single, "avg", normalise=True)
-    for name, file in trained.items():
+    methods["avg-normalised"] = [Method(title, single, "avg", normalise=True)]
+    for name, files in trained.items():
         if name != BEST:
-            agg = "none" if name == "same-photo" else name
-            methods[f"{name}-trained"] = Method(TITLES[name], file, agg)
+            methods[f"{name}-trained"] = list_trainings(name, files)
     return methods
+
+
+def list_trainings(name, files):
+    """The Methods of one adapter that was trained with several seeds, one a file."""
+    agg = "none" if name == "same-photo" else name
+    return [Method(TITLES[name], file, agg) for file in files]
+
+
+def guide_methods(methods, guidance):
+    """{name: {folder: Method}} of the methods, each at its w. guidance: {name: w}."""
+    rows = {}
+    for name, trainings in methods.items():
+        w = guidance[name]
+        rows[name] = {}
+        for run, method in enumerate(trainings):
+            folder = f"{name}-{run}" if run else name
+            rows[name][f"{folder}-w-{w:g}"] = replace(method, guidance=w)
+    return rows
 
 
 # ---------------------------------------------------------------- rows and pictures
 
 
-def add_rows(table):
+def add_rows(table, rows):
     """All rows: the methods, then what a perfect method, the VAE and real photos score."""
-    for name in table.plan.methods:
+    for name, folders in rows.items():
         if name == "text-only":
             table.print_heading("controls")
-        table.add_method(name)
+        table.add_method(*folders)
     if table.plan.knows_truth:
         table.add_folder("the scenes asked for, drawn anew", "drawn-anew")
     table.add_round_trips("VAE round trip of real photos")
@@ -83,25 +102,26 @@ def add_rows(table):
         table.add("real photos of strangers", table.read_photos("real", shift=1))
 
 
-def save_figure_6(plan, path, people=8):
+def save_figure_6(plan, rows, path, people=8):
     """A row a person: the first reference, then one picture of every method."""
     folders = {"references": "reference"}
-    for name, method in plan.methods.items():
-        folders[name] = method.title.removeprefix("IP-Adapter + ")
-    rows, captions = [], []
+    for trainings in rows.values():
+        folder, method = next(iter(trainings.items()))
+        folders[folder] = method.title.removeprefix("IP-Adapter + ")
+    pictures, captions = [], []
     for p in range(min(people, len(plan.subjects))):
         files = [plan.files(folder, p)[0] for folder in folders]
-        rows.append(list(to_tensor(read_pictures(files))))
+        pictures.append(list(to_tensor(read_pictures(files))))
         captions.append(plan.shots(p)[0].prompt)
-    save_grid(path, rows, list(folders.values()), captions, side=96)
+    save_grid(path, pictures, list(folders.values()), captions, side=96)
 
 
 def save_plane(table, path):
     points = {}
-    for name, method in table.plan.methods.items():
-        if name != "text-only":  # so far away that it would push the others together
-            numbers = table.numbers[method.title]
-            points[method.title] = (numbers["FID ↓"], numbers[table.identity_column])
+    for title, numbers in table.numbers.items():
+        # Photos have no w; text only is so far away that it would push the others together.
+        if numbers["w"] is not None and title != "text only":
+            points[title] = (numbers["FID ↓"], numbers[table.identity_column])
     title = "Table 1: further up and left is better"
     plot_plane(path, points, "FID ↓", table.identity_column, title)
 
@@ -112,15 +132,18 @@ def save_plane(table, path):
 def add_exam_arguments(parser):
     """What the table and the sweeps ask for."""
     parser.ranges["steps"] = (1, 1000)
+    parser.ranges["trainings"] = (1, 100)
     add = parser.add_argument
     add("--people", type=int, default=60, help="people, with nine references each")
     add("--photos", type=int, default=3, help="prompts a person")
     add("--seeds", type=int, default=3, help="pictures a prompt")
-    add("--guidance", type=float, default=4.0, help="classifier-free guidance w")
+    add("--guidance", type=float, help="classifier-free guidance w (default: 4; of the toy world "
+        "what chosen.py says)")
     add("--steps", type=int, default=20, help="UNet evaluations a picture, 1 to 1000")
     add("--batch", type=int, default=32, help="pictures at once")
     add("--seed", type=int, default=2020, help="of the noise")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda or mps")
+    add("--trainings", type=int, default=3, help="toy adapters: so many, with other seeds")
     add("--runs", type=Path, default=Path("runs"), help="adapters of the toy world; missing ones "
         "are trained")
     add("--out", type=Path, default=Path("runs/table"), help="folder for plan, pictures and tables")
@@ -129,7 +152,8 @@ def add_exam_arguments(parser):
         "weights/tiny)")
     add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
     add("--adapter", type=file_path, help="adapter of one photo (default: the one in --model)")
-    add("--selfattn", type=file_path, help="adapter that train.py trained from it: the paper's method")
+    add("--selfattn", type=file_path, nargs="+", default=[], help="adapter that train.py trained "
+        "from it, the paper's method; several: trained with other seeds")
     add("--trained", type=file_path, nargs="+", default=[], help="more of them, with other aggregators")
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth, or toy: "
@@ -139,7 +163,7 @@ def add_exam_arguments(parser):
         "fractions of the photo's centre square (default: deep-funneled)")
 
 
-def make_settings(args):
+def make_settings(args, validation=False):
     """The Settings of the arguments of add_exam_arguments. ValueError if they make no exam."""
     if args.people < 2 or args.photos * args.seeds < 2:
         needs = "at least two people (--people), and two pictures of each (--photos times --seeds)"
@@ -147,8 +171,18 @@ def make_settings(args):
     if args.face_box and not args.faces:
         raise ValueError("--face-box needs --faces, the file of a face recogniser")
     device = pick_device(args.device)
+    guidance = args.guidance
+    if guidance is None:
+        guidance = chosen.COMMON if is_toy_world(args) else 4.0
     return Settings(device, pick_precision("auto", device), args.people, args.photos,
-                    args.seeds, args.guidance, args.steps, args.seed, args.batch)
+                    args.seeds, guidance, args.steps, args.seed, args.batch, validation)
+
+
+def is_toy_world(args):
+    """Whether the shipped model and drawn people are meant, with no adapters of the user's."""
+    is_tiny = Path(args.model).resolve() == TINY.resolve()
+    own = args.adapter or args.selfattn or args.trained
+    return is_tiny and args.data == "toy" and not own
 
 
 def load_judges(args, device):
@@ -163,29 +197,34 @@ def load_judges(args, device):
 
 
 def find_files(args, device, names):
-    """The adapter of one photo, and {name: file} of the trained ones, of the wanted `names`.
+    """The adapter of one photo, and {name: its files} of the trained ones, of the wanted `names`.
 
-    The toy world's are found in --runs, or trained; for other models and people they are given.
+    The toy world's are found in --runs, or trained, with --trainings seeds; for other models and
+    people they are given.
     """
     single = args.adapter or Path(args.model) / ADAPTER
     if not single.is_file():
         hint = "name one with --adapter (ip-adapter_sd15.safetensors)"
         raise ValueError(f"{single}: no such adapter; {hint}")
-    is_tiny = Path(args.model).resolve() == TINY.resolve()
-    if is_tiny and args.data == "toy" and not (args.adapter or args.selfattn or args.trained):
+    if is_toy_world(args):
+        trained = {name: [] for name in names}
         with first_alone():
-            return single, find_adapters(args.runs, device, *names)
+            for seed in range(args.trainings):
+                changes = {"seed": seed} if seed else {}
+                for name, file in find_adapters(args.runs, device, *names, **changes).items():
+                    trained[name].append(file)
+        return single, trained
     if not args.selfattn:
         print("note: no row of self-attention; name its adapter with --selfattn")
     return single, list_given(BEST, args.selfattn, args.trained)
 
 
-def prepare(args, out, names):
+def prepare(args, out, names, validation=False):
     """-> judges of quality and faces, the model, a plan without methods, and the adapters' files.
 
     Everything that can be refused is refused before adapters are trained.
     """
-    settings = make_settings(args)
+    settings = make_settings(args, validation)
     judges = load_judges(args, settings.device)
     single, trained = find_files(args, settings.device, names)
     sd = load_for_pictures(args.model, settings, args.image_encoder or find_beside(single))
@@ -193,21 +232,35 @@ def prepare(args, out, names):
     return judges, sd, plan, single, trained
 
 
-def make_table(args):
-    names = ("selfattn", "max", "avg", "concat", "same-photo")
+def make_tables(args):
+    """table: every method at its own w; table-common: all at one. Without chosen ones only `table`."""
+    names = (BEST, "max", "avg", "concat", "same-photo")
     judges, sd, plan, single, trained = prepare(args, args.out, names)
-    plan.methods = list_methods(single, trained, not args.no_dreambooth)
+    has_chosen = is_toy_world(args) and args.guidance is None
+    training = chosen.DREAMBOOTH if is_toy_world(args) else None
+    methods = list_methods(single, trained, not args.no_dreambooth, training)
+    common = dict.fromkeys(methods, plan.settings.guidance)
+    tables = {"table": guide_methods(methods, common)}
+    if has_chosen:
+        own = guide_methods(methods, chosen.GUIDANCE)
+        tables = {"table": own, "table-common": tables["table"]}
+    for rows in tables.values():
+        for folders in rows.values():
+            plan.methods |= folders
     Maker(plan, sd).make()
     if not is_first():
         return
-    table = Table(plan, Judges(plan, sd, *judges))
-    add_rows(table)
-    if BEST in plan.methods:
-        table.add_differences(TITLES[BEST])
-    table.write("table")
-    save_figure_6(plan, plan.out / "figure6.png")
-    save_plane(table, plan.out / "plane.png")
-    print(f"wrote {plan.out}/figure6.png, {plan.out}/plane.png")
+    judges = Judges(plan, sd, *judges)
+    for stem, rows in tables.items():
+        table = Table(plan, judges)
+        add_rows(table, rows)
+        if BEST in rows:
+            table.add_differences(TITLES[BEST])
+        table.write(stem)
+        suffix = stem.removeprefix("table")
+        save_figure_6(plan, rows, plan.out / f"figure6{suffix}.png")
+        save_plane(table, plan.out / f"plane{suffix}.png")
+        print(f"wrote {plan.out}/figure6{suffix}.png, {plan.out}/plane{suffix}.png")
 
 
 @processes()
@@ -219,7 +272,7 @@ def main():
     args = parser.parse_args()
     try:
         with claim(args.out):
-            make_table(args)
+            make_tables(args)
     except KeyboardInterrupt:
         hint = "the same command goes on after the last finished pictures"
         raise KeyboardInterrupt(f"stopped; {hint}") from None

@@ -71,3 +71,29 @@ def plot_plane(path, points, x_label, y_label, title):
     axis.set(title=title, xlabel=x_label, ylabel=y_label)
     axis.legend(fontsize="small")
     save_figure(path, figure)
+
+
+def plot_paths(path, paths, x_labels, y_label, title):
+    """Curves through several planes side by side, with the same y; a thin cross is an interval.
+
+    paths: {name: list of (number to write beside the point, one x a plane, y)}; every x and y is
+    (value, low, high). Planes whose x is None are left out.
+    """
+    spots = [spot for curve in paths.values() for spot in curve]
+    planes = [k for k in range(len(x_labels)) if spots[0][1 + k] is not None]
+    figure, axes = new_figure(len(planes), width=6.5, height=5.5)
+    for axis, k in zip(axes, planes):
+        for number, (name, curve) in enumerate(paths.items()):
+            x, x_low, x_high = zip(*[spot[1 + k] for spot in curve])
+            y, y_low, y_high = zip(*[spot[-1] for spot in curve])
+            color = f"C{number % 10}"
+            style = "o-" if number < 10 else "s--"  # ten colours
+            axis.plot(x, y, style, color=color, label=name, markersize=3)
+            axis.hlines(y, x_low, x_high, color=color, alpha=0.25, linewidth=1)
+            axis.vlines(x, y_low, y_high, color=color, alpha=0.25, linewidth=1)
+            for spot in (curve[0], curve[-1]):
+                axis.annotate(spot[0], (spot[1 + k][0], spot[-1][0]), fontsize=7, color=color)
+        axis.set(xlabel=x_labels[k], ylabel=y_label)
+    axes[0].set_title(title)
+    axes[-1].legend(fontsize="x-small")
+    save_figure(path, figure)
