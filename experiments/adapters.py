@@ -26,6 +26,7 @@ OPTIONS = ("data", "people", "steps", "batch", "lr", "seed", "precision", "init"
 RECIPE = (*OPTIONS, "base")  # what it writes into its files: these, and digests of the weights
 BEST = "selfattn"  # the paper's method: runs/selfattn is the recipe of all others
 SAME_PHOTO = "same-photo"
+STRANGERS = 0.5  # the probability with which adapters met strangers in training, where they did
 ADAPTER_FILE = "ip-adapter.safetensors"
 
 

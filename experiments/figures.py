@@ -24,6 +24,7 @@ FIGURES = {  # name of the file: what draws it
     "vae": figures_diffusion.draw_vae,
     "attention": figures_attention.draw_attention,
     "selfattn_weights": figures_attention.draw_selfattn_weights,
+    "strangers": figures_attention.draw_strangers,
     "references": figures_numbers.draw_references,
     "prior": figures_numbers.draw_prior,
     "fid_bias": figures_numbers.draw_fid_bias,

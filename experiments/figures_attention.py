@@ -24,6 +24,12 @@ SETS = {  # nine references: what each wears (None: as it was drawn), and the ph
     "eight in hats, one in sunglasses": ((HAT,) * 8 + (SUNGLASSES,), [8]),
     "three of somebody else": ((None,) * 6 + ("stranger",) * 3, [6, 7, 8]),
 }
+WITH_STRANGERS = {
+    "nobody else": ((None,) * 9, [8]),
+    "one of somebody else": ((None,) * 8 + ("stranger",), [8]),
+    "three of somebody else": ((None,) * 6 + ("stranger",) * 3, [6, 7, 8]),
+    "six of somebody else": ((None,) * 3 + ("stranger",) * 6, [3, 4, 5, 6, 7, 8]),
+}
 IN_PICTURE = ("eight in hats, one bare", "three of somebody else", "as they were drawn")
 
 
@@ -166,6 +172,40 @@ def draw_selfattn_weights(world, path):
     draw_weights(path, pictures, weights)
     hats = world.embed_sets(pictures["eight in hats, one bare"])
     compare_weights(world, adapter, hats)
+
+
+def draw_strangers(world, path):
+    """The weights on strangers among the references: as trained in the paper's way, and with strangers.
+
+    Rows: the photos; the weights of the adapter that never met one; of the one that did
+    (train.py --strangers).
+    """
+    adapters = {"trained leave-one-out": world.selfattn, "with strangers": world.selfattn_with_strangers}
+    pictures, weights = {}, {}
+    for name, (kinds, _) in WITH_STRANGERS.items():
+        pictures[name] = draw_references_of(world, kinds)
+    print(f"mean weight over {world.people} people (95 % intervals), nine references each:")
+    for words, load in adapters.items():
+        aggregator = load().aggregator
+        for name, (_, watched) in WITH_STRANGERS.items():
+            embeds = world.embed_sets(pictures[name])
+            weights[words, name] = weigh_references(aggregator, embeds)
+            given = weights[words, name].mean(1)[:, watched].sum(1)  # (P,)
+            chance = len(watched) / 9
+            print_interval(f"  {words}; {name}: on the last {len(watched)} (chance {chance:.3f})", given)
+    shown = ("one of somebody else", "three of somebody else")
+    figure, axes = new_sheet(3 * len(shown), 9, side=1.0)
+    for r, name in enumerate(shown):
+        rows = axes[3 * r : 3 * r + 3]
+        name_row(rows[0][0], name.replace(" of some", "\nof some"))
+        for k in range(9):
+            show(rows[0][k], pictures[name][0, k])
+        for row, words in zip(rows[1:], adapters):
+            name_row(row[0], words.replace(" ", "\n"))
+            one = weights[words, name]  # (P, 9, 9)
+            for k in range(9):
+                draw_bar(row[k], one[0, :, k].mean(), one[:, :, k].mean())
+    save_small(path, figure)
 
 
 def draw_weights(path, pictures, weights, person=0):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from data import ToyFaces
+from experiments.adapters import STRANGERS, find_adapters
 from ip_adapter import IPAdapter
 from support.checkpoints import ADAPTER, TINY
 from support.devices import pick_device, pick_precision
@@ -60,6 +61,11 @@ class World:
             torch.manual_seed(options.seed)
             train_adapter(file.parent, options, str(self.model), "selfattn", "toy", 800)
         return IPAdapter.load(file, self.sd.unet)
+
+    def selfattn_with_strangers(self):
+        """The one of `experiments.sweeps kinds` that met strangers in training, trained if missing."""
+        files = find_adapters(self.runs, pick_device("cpu"), "selfattn", strangers=STRANGERS)
+        return IPAdapter.load(files["selfattn"], self.sd.unet)
 
     def shipped(self, agg):
         """The single-image adapter that comes with the model, with another aggregator."""

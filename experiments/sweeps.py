@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from dreambooth import DreamBooth
 from experiments import chosen
-from experiments.adapters import BEST, find_adapters, read_recipe
+from experiments.adapters import BEST, STRANGERS, find_adapters, read_recipe
 from experiments.judging import Judges
 from experiments.makers import Maker
 from experiments.photos import read_pictures
@@ -58,7 +58,6 @@ RECIPES = (  # of DreamBooth: steps, peak learning rate, guidance of the class p
 )
 PEOPLE = (50, 100, 200, 400, 800, 1600)
 STEPS = (100, 200, 400, 800)
-STRANGERS = 0.5  # the probability with which the adapters of `kinds` met strangers in training
 PAPER = ("one-photo", "dreambooth", "max", "avg", BEST)  # names of the paper's rows
 CHOICES = ("dreambooth", "w", "phi")
 LABELS = {"refs": "number of references", "lam": "λ", "w": "guidance w", "phi": "guidance w",

@@ -7,7 +7,8 @@ import torch
 
 import ddpm
 from conftest import close, randn
-from ddpm import Schedule, guide, lookup, p_step, predict_x0, q_sample, q_step, sample
+from ddpm import (Schedule, guide, lookup, p_step, predict_x0, q_sample, q_step, rescale_guidance,
+                  sample)
 
 SD = Schedule.stable_diffusion()
 
@@ -146,6 +147,17 @@ def test_eq11_guidance_extrapolates_from_the_unconditional_prediction():
     close(guide(cond, uncond, 7.5), uncond + 7.5 * (cond - uncond))
     close(guide(cond, uncond, 1), cond)
     close(guide(cond, uncond, 0), uncond)
+
+
+def test_rescaled_guidance_is_that_of_diffusers_and_keeps_the_deviation():
+    eps_cond = randn(3, 4, 8, 8)
+    eps_hat = guide(eps_cond, randn(3, 4, 8, 8), 6.0)
+    whole = rescale_guidance(eps_hat, eps_cond, 1.0)
+    close(whole.std(dim=(1, 2, 3)), eps_cond.std(dim=(1, 2, 3)))
+    close(rescale_guidance(eps_hat, eps_cond, 0.0), eps_hat)
+    pipelines = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    theirs = pipelines.rescale_noise_cfg(eps_hat, eps_cond, guidance_rescale=0.7)
+    close(rescale_guidance(eps_hat, eps_cond, 0.7), theirs)
 
 
 def test_time_steps_are_the_published_ones():

@@ -224,6 +224,20 @@ def test_only_missing_class_pictures_are_made_each_from_its_own_seed(tiny_model,
     assert make(1) != files[:1] and made == [(100, 1)]
 
 
+def test_class_pictures_with_guidance_are_other_pictures(tiny_model, tmp_path, monkeypatch):
+    asked = []
+
+    def generate(sd, c_t, null_c_t, w, steps, seed):
+        asked.append((w, null_c_t))
+        return torch.zeros(len(c_t), 3, 4, 4)
+
+    monkeypatch.setattr(dreambooth, "generate", generate)
+    usual = dreambooth.make_class_images(tiny_model, "a person", tmp_path, 1)
+    guided = dreambooth.make_class_images(tiny_model, "a person", tmp_path, 1, w=4.0)
+    assert usual != guided and [w for w, _ in asked] == [1.0, 4.0]
+    torch.testing.assert_close(asked[1][1], tiny_model.encode_prompts([""]))
+
+
 # ---------------------------------------------------------------- LoRA
 
 

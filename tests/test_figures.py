@@ -10,7 +10,7 @@ from PIL import Image
 
 from aggregators import SelfAttention
 from attention import CrossAttention, attention
-from experiments import figures, figures_attention, figures_diffusion, figures_numbers
+from experiments import figures, figures_attention, figures_common, figures_diffusion, figures_numbers
 from experiments.figures_common import World
 from ip_adapter import IPAdapter
 from support.program import run
@@ -25,6 +25,8 @@ def draw(workdir, tiny_folder, tiny_model, monkeypatch):
     adapter = IPAdapter(tiny_model.unet, 128, "selfattn")
     Path("runs/selfattn").mkdir(parents=True)
     adapter.save("runs/selfattn/ip-adapter.safetensors")
+    found = {"selfattn": Path("runs/selfattn/ip-adapter.safetensors")}
+    monkeypatch.setattr(figures_common, "find_adapters", lambda *_, **options: found)
     monkeypatch.setattr(figures_diffusion, "FEW_STEPS", (1, 2))
     monkeypatch.setattr(figures_numbers, "FEW_REFERENCES", (1, 2))
     monkeypatch.setattr(figures_numbers, "SIZES", (2, 4))

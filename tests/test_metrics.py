@@ -260,6 +260,22 @@ def test_bootstrap_interval_of_a_mean_is_the_textbook_one():
     assert bootstrap_ci(values, np.mean, n=50, seed=1) != bootstrap_ci(values, np.mean, n=50, seed=2)
 
 
+def test_bootstrap_of_people_and_runs_has_the_variance_of_both():
+    rng = np.random.default_rng(0)
+    of_people = rng.normal(0, 1, 100)
+    of_runs = rng.normal(0, 1, 50)
+
+    def mean(people, runs):
+        return np.mean(people) + np.mean([of_runs[run] for run in runs])
+
+    low, high = bootstrap_ci(of_people, mean, n=4000, runs=range(50))
+    width = 2 * 1.96 * (of_people.var() / 100 + of_runs.var() / 50) ** 0.5
+    assert (high + low) / 2 == pytest.approx(of_people.mean() + of_runs.mean(), abs=0.02)
+    assert high - low == pytest.approx(width, rel=0.06)
+    alone = bootstrap_ci(of_people, lambda people, runs: np.mean(people), n=500, runs=range(3))
+    assert alone == bootstrap_ci(of_people, np.mean, n=500)  # the same people are drawn
+
+
 def test_bootstrap_draws_people_not_pictures():
     people = [v.repeat(100) for v in randn(25)]   # a hundred equal pictures a person carry no more than one
     low, high = bootstrap_ci(people, lambda drawn: float(torch.cat(drawn).mean()))

@@ -17,7 +17,7 @@ from torchvision.models.inception import Inception3
 
 from conftest import randn
 from data import ToyFaces, digest_encoders
-from experiments import adapters, distances, judging, makers, photos, plan, scores, sweeps, table1
+from experiments import adapters, chosen, distances, judging, makers, photos, plan, scores, sweeps, table1
 from ip_adapter import IPAdapter, generate
 from metrics import InceptionV3, bootstrap_ci, fid, inception_score, kernel_distance
 from support import judges
@@ -82,14 +82,14 @@ def make_small(patch, tiny_folder):
         patch.setattr(module, "TINY", tiny_folder)
     make_class_images, fine_tune = makers.make_class_images, makers.fine_tune
 
-    def make_few(sd, prompt, out, count, seed):
-        return make_class_images(sd, prompt, out, 2, seed, steps=1)
+    def make_few(sd, prompt, out, count, seed, w):
+        return make_class_images(sd, prompt, out, 2, seed, steps=1, w=w)
 
     def one_step(sd, prompts, z_0, z_pr, out, options, method):
         return fine_tune(sd, prompts, z_0, z_pr, out, replace(options, steps=1), method)
 
-    def few_draws(values, statistic, *_):
-        return bootstrap_ci(values, statistic, 20)
+    def few_draws(values, statistic, _, runs):
+        return bootstrap_ci(values, statistic, 20, runs=runs)
 
     patch.setattr(scores, "bootstrap_ci", few_draws)
     patch.setattr(makers, "make_class_images", make_few)
@@ -143,9 +143,11 @@ def test_table_has_the_papers_rows_then_controls(finished, template):
         if name != "*controls*":
             numbers = said["rows"][name]
             assert list(numbers) == cells[0][1:] and row[-1] == str(PICTURES)
-            assert all(len(numbers[k]) == 3 for k in cells[0][1:-2])
+            assert all(len(numbers[k]) == 3 for k in cells[0][1:-4])
             assert float(row[4].split()[0]) == pytest.approx(numbers["identity ↑"][0], abs=1e-3)
-            assert (row[-2] == "–") == ("real photos" in name or "drawn" in name)
+            of_method = not ("real photos" in name or "drawn" in name)
+            assert row[-4:-1] == (["1", "1", row[-2]] if of_method else ["–", "1", "–"])
+            assert of_method == (row[-2] != "–")
     assert said["rows"][REAL[1]]["copy"][0] == pytest.approx(0)  # of all others, the difference to it
     assert Image.open(template / "runs/table/figure6.png").size == (96 * 12, 16 + (96 + 16) * 2)
     assert Image.open(template / "runs/table/plane.png").width > 500
@@ -156,7 +158,7 @@ def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_n
     asked, taught, scored = [], [], []
     grade = judging.grade_features
 
-    def make_pictures(sd, prompts, settings, seed, adapter=None, embeds=None, lam=1.0):
+    def make_pictures(sd, prompts, settings, seed, adapter=None, embeds=None, lam=1.0, phi=0.0):
         bias = sd.unet.conv_out.bias.mean().item()
         asked.append((adapter and adapter.agg, prompts, seed, embeds, bias))
         return torch.zeros(len(prompts), 3, 64, 64, dtype=torch.uint8)
@@ -198,7 +200,7 @@ def test_every_method_is_given_the_same_references_prompts_and_noise_of_people_n
                 assert e.norm(dim=2).std(1).max() < 1e-4 < length.std(1).min()
             torch.testing.assert_close(e, given, rtol=0.05, atol=0.05)  # bfloat16, perhaps
     assert len(taught) == 3
-    assert all(t[0] == ["a sks person", "a person"] and t[2:] == (2, bias, 1e-3) for t in taught)
+    assert all(t[0] == ["a sks person", "a person"] and t[2:] == (2, bias, chosen.DREAMBOOTH["lr"]) for t in taught)
     for (_, z_0, *_), p in zip(taught, (0, 1, 1)):
         expected = sd.encode_latents(references[p], torch.Generator().manual_seed(2020))
         torch.testing.assert_close(z_0, expected, rtol=0.05, atol=0.05)  # bfloat16, perhaps
@@ -242,7 +244,7 @@ def world(finished, template, exam_folder, tiny_folder):
     """What `make_folders` needs, and the finished table's folder `whole`, to be changed at will."""
     shutil.copytree(template / "runs/table", exam_folder / "whole")
     sd = StableDiffusion.load(tiny_folder)
-    trained = {name: exam_folder / f"runs/{name}/ip-adapter.safetensors" for name in ("selfattn", "max")}
+    trained = {name: [exam_folder / f"runs/{name}/ip-adapter.safetensors"] for name in ("selfattn", "max")}
     return SimpleNamespace(sd=sd, single=tiny_folder / ADAPTER, trained=trained, whole=exam_folder / "whole")
 
 
@@ -255,8 +257,10 @@ def make_folders(world, folder, names=None, **changes):
     precision = changes.pop("precision", pick_precision("auto", device))
     settings = plan.Settings(device, precision, 2, 2, 2, guidance=1.0, steps=1, batch=3)
     made = plan.make_plan(folder, replace(settings, **changes), world.sd, "toy")
-    methods = table1.list_methods(world.single, world.trained, with_dreambooth=True)
-    made.methods = {name: methods[name] for name in names or methods}
+    methods = table1.list_methods(world.single, world.trained, True, chosen.DREAMBOOTH)
+    rows = table1.guide_methods(methods, dict.fromkeys(methods, 1.0))
+    for name in names or methods:
+        made.methods |= rows[name]
     makers.Maker(made, world.sd).make()
     return made
 
@@ -283,7 +287,7 @@ def test_a_run_that_was_killed_twice_or_shared_out_makes_the_same_files(world, w
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 make_folders(world, workdir / "killed", names)
-        lost = next((workdir / "killed/one-photo").rglob("001.png"))
+        lost = next((workdir / "killed/one-photo-w-1").rglob("001.png"))
         lost.unlink()  # one picture of a unit: it is made with its old neighbours
         make_folders(world, workdir / "killed", names)
     found = read_bytes(workdir / "killed")
@@ -300,7 +304,7 @@ def test_a_run_that_was_killed_twice_or_shared_out_makes_the_same_files(world, w
         assert count == (4 if number else 8)
     for name, content in read_bytes(workdir / "shared").items():
         assert name == "plan.json" or whole[name] == content
-    assert makers.read_seconds(shared, "dreambooth") > makers.read_seconds(shared, "one-photo") > 0
+    assert makers.read_seconds(shared, "dreambooth-w-1") > makers.read_seconds(shared, "one-photo-w-1") > 0
 
 
 def test_a_second_run_makes_no_picture_and_a_full_disk_leaves_the_old_table(
@@ -335,7 +339,7 @@ def test_a_picture_made_by_hand_is_the_one_in_the_folder(world):
         c_t = sd.encode_prompts([people[1].photos[10].prompt] * 2 + [""]).float()
         images = generate(sd, c_t[:2], c_t[2:], c_i, null_c_i, 1.0, steps=1, seed=2020 + 4 + 2)
     for k, image in enumerate(to_images(images)):
-        found = load_image(world.whole / f"max/{people[1].name}/{k + 2:03d}.png")
+        found = load_image(world.whole / f"max-w-1/{people[1].name}/{k + 2:03d}.png")
         assert list(found.get_flattened_data()) == list(image.get_flattened_data())
 
 
@@ -347,10 +351,10 @@ def test_a_picture_made_by_hand_is_the_one_in_the_folder(world):
     ({"precision": "fp16"}, ", not fp16"),
     ({"people": 3}, "people 2, not 3; other people, photos or prompts"),
     ({"photos": 1}, "photos 2, not 1; other people, photos or prompts"),
-    ("adapter", "another one-photo; another max; another avg"),
+    ("adapter", "another one-photo-w-1; another max-w-1; another avg-w-1"),
     ("model", "another model"),
     ("prompt", "other people, photos or prompts"),
-    ("version", "version 2, not 3"),
+    ("version", "version 3, not 4"),
     ("damaged", "not one of this program"),
 ])
 def test_another_plan_is_refused_and_nothing_is_made(changes, says, world, workdir, monkeypatch):
@@ -363,7 +367,7 @@ def test_another_plan_is_refused_and_nothing_is_made(changes, says, world, workd
     elif changes == "prompt":
         monkeypatch.setattr("data.write_prompt", lambda scene: "a person")
     elif changes == "version":
-        monkeypatch.setattr(plan, "VERSION", 3)
+        monkeypatch.setattr(plan, "VERSION", 4)
     elif changes == "damaged":
         (world.whole / "plan.json").write_text("[]")
         before["plan.json"] = b"[]"
@@ -377,10 +381,10 @@ def test_methods_may_be_added_to_a_plan_or_left_out(world):
     facts = json.loads((world.whole / "plan.json").read_text())
     make_folders(world, world.whole)
     assert json.loads((world.whole / "plan.json").read_text()) == facts
-    world.trained["none"] = world.single
+    world.trained["none"] = [world.single]
     make_folders(world, world.whole)
     more = json.loads((world.whole / "plan.json").read_text())["methods"]
-    assert list(more) == [*facts["methods"], "none-trained"]
+    assert list(more) == [*facts["methods"], "none-trained-w-1"]
 
 
 # --------------------------------------------------------------------------- photos of a folder
@@ -423,7 +427,7 @@ def test_table_of_photos_has_all_rows_and_with_a_face_file_its_columns(
     assert list(rows) == [*PAPER, *CONTROLS[:2], REAL[0], stranger]
     columns = ["FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑"]
     of_faces = ["face identity ↑", "rank-1 ↑", "face copy"]
-    rest = ["copy", "CLIP-I ↑", "CLIP-T ↑", "s/picture ↓", "N"]
+    rest = ["copy", "CLIP-I ↑", "CLIP-T ↑", "w", "trainings", "s/picture ↓", "N"]
     assert all(list(row) == columns + of_faces + rest for row in rows.values())
     assert [rows[stranger][column] for column in columns] == [None] * 4  # they are the real photos
     assert [rows[title]["N"] for title in (BEST, REAL[0], stranger)] == [8, 3, 3]
@@ -684,21 +688,21 @@ def asked(monkeypatch):
     """What a sweep asks for, in place of pictures: (agg, embeds, lam, prompts, seed, guidance)."""
     calls = []
 
-    def make_pictures(sd, prompts, settings, seed, adapter, embeds, lam):
+    def make_pictures(sd, prompts, settings, seed, adapter, embeds, lam, phi):
         calls.append((adapter.agg, embeds, lam, prompts, seed, settings.guidance))
         return torch.randint(256, (len(prompts), 3, 64, 64), dtype=torch.uint8)
 
     monkeypatch.setattr(makers, "make_pictures", make_pictures)
-    monkeypatch.setattr(scores, "bootstrap_ci", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(scores, "bootstrap_ci", lambda *_, **options: (0.0, 1.0))
     return calls
 
 
 @pytest.mark.parametrize("which, rows, first", [
     ("refs", 36, "IP-Adapter + Max Pooling; references: 1"),
     ("lam", 14, "IP-Adapter; λ = 0.0"),
-    ("w", 12, "IP-Adapter; w = 1.5"),
+    ("phi", 16, "φ = 0.0; w = 2"),
 ])
-def test_sweep_varies_only_the_references_or_lam_or_w(which, rows, first, exam_folder, asked):
+def test_sweep_varies_only_the_references_or_lam_or_phi(which, rows, first, exam_folder, asked):
     code, out, line = command(sweeps, which, *SIZE, "--batch", "8")
     assert code == 0, line
     said = read_table(exam_folder, f"sweep-{which}/sweep_{which}")[1]["rows"]
@@ -709,7 +713,7 @@ def test_sweep_varies_only_the_references_or_lam_or_w(which, rows, first, exam_f
         n = 1 + k % 9 if which == "refs" else 9
         assert (seed, prompts) == (2020, asked[0][3])
         assert lam == (k % 7 / 4 if which == "lam" else 1.0)
-        assert guidance == (sweeps.GUIDANCES[k % 4] if which == "w" else 1.0)
+        assert guidance == (sweeps.FEW_GUIDANCES["phi"][k % 4] if which == "phi" else 1.0)
         assert embeds.shape[1] == (9 if agg == "selfattn" else n)
         assert torch.equal(embeds[:, :n], whole[:, :n])
         assert all(any(torch.equal(e, given) for given in whole[0, :n]) for e in embeds[0])  # bootstrapped
@@ -720,11 +724,13 @@ def test_sweep_of_kinds_changes_only_what_the_references_hide_or_whose_they_are(
     code, _, line = command(sweeps, "kinds", *SIZE, "--batch", "8")
     assert code == 0, line
     said = read_table(exam_folder, "sweep-kinds/sweep_kinds")[1]["rows"]
-    assert len(said) == len(asked) == 3 * len(sweeps.KINDS)
-    assert list(said)[2] == "Concat, fine-tuned; as drawn"
+    assert len(said) == len(asked) == 5 * len(sweeps.KINDS)
+    assert list(said)[4] == "Avg, fine-tuned, with strangers; as drawn"
     given = [embeds[::4] for _, embeds, *_ in asked]  # (2, 9, E): one a person
-    assert all(torch.equal(x, given[3 * (k // 3)]) for k, x in enumerate(given))  # the same for every method
-    drawn, bare, *_, hats, strangers = given[::3]
+    assert all(torch.equal(x, given[5 * (k // 5)]) for k, x in enumerate(given))  # the same for every method
+    drawn, bare, *_, hats, one, strangers = given[::5]
+    torch.testing.assert_close(one[:, :8], drawn[:, :8])
+    torch.testing.assert_close(one[:, 8:], drawn[:, 8:].flip(0))
     torch.testing.assert_close(strangers[:, :6], drawn[:, :6])
     torch.testing.assert_close(strangers[:, 6:], drawn[:, 6:].flip(0))  # of two people
     torch.testing.assert_close(hats[:, 8], bare[:, 8])
@@ -734,6 +740,122 @@ def test_sweep_of_kinds_changes_only_what_the_references_hide_or_whose_they_are(
     sd = StableDiffusion.load(tiny_folder)
     hat = drawing.draw_face(person.photos[3].labels | {"accessory": sweeps.HAT}, {}, [0, 3])
     torch.testing.assert_close(hats[0, 3], sd.embed_images(to_tensor([hat]))[0], rtol=0.05, atol=0.05)
+
+
+def test_table_of_several_trainings_has_every_method_at_its_own_w_and_at_the_common_one(
+        exam_folder, tiny_folder, monkeypatch):
+    asked = []
+
+    def make_pictures(sd, prompts, settings, seed, adapter, embeds, lam, phi):
+        weight = adapter.image_proj.proj.weight.mean().item() if adapter else None
+        asked.append((settings.guidance, weight))
+        return torch.randint(256, (len(prompts), 3, 64, 64), dtype=torch.uint8)
+
+    unet = StableDiffusion.load(tiny_folder).unet
+    weights = {}
+    for file in (exam_folder / "runs").glob("*/*.safetensors"):
+        name = file.parent.name
+        adapter = IPAdapter.load(file, unet)
+        weights[name, 0] = adapter.image_proj.proj.weight.mean().item()
+        adapter.image_proj.proj.weight.data += 1
+        weights[name, 1] = adapter.image_proj.proj.weight.mean().item()
+        more = {"references": name} if name == "same-photo" else {}
+        other = exam_folder / "runs/seed-7" / name / file.name
+        other.parent.mkdir(parents=True)
+        adapter.save(other, recipe(unet, seed="7", **more))
+    monkeypatch.setattr(table1, "range", lambda count: (0, 7)[:count], raising=False)
+    monkeypatch.setattr(makers, "make_pictures", make_pictures)
+    guidance = {name: 1.5 + k for k, name in enumerate(chosen.GUIDANCE)}
+    monkeypatch.setattr(chosen, "GUIDANCE", guidance)
+    monkeypatch.setattr(chosen, "COMMON", guidance["max-trained"])
+    words = [word for word in SIZE if word not in ("--guidance", "1")]
+    code, _, line = command(table1, *words, "--batch", "8", "--trainings", "2", "--no-dreambooth")
+    assert code == 0, line
+    of_max = [weights["max", 0], weights["max", 1]]
+    made = [weight for w, weight in asked if w == guidance["max-trained"]]
+    assert len(made) == 10 + 5 - 1 + 0 and len(asked) == 10 + 5 + 10 + 5 - 3 - 2 + 3
+    assert [weight for weight in made if weight in of_max] == of_max
+    for stem, ws in (("table", guidance), ("table-common", dict.fromkeys(guidance, guidance["max-trained"]))):
+        rows = read_table(exam_folder, stem)[1]["rows"]
+        assert rows["Max, fine-tuned"]["w"] == f"{ws['max-trained']:g}"
+        assert rows[BEST]["w"] == f"{ws['selfattn']:g}" and rows["text only"]["w"] == f"{ws['text-only']:g}"
+        assert rows[BEST]["trainings"] == 2 and rows[BEST]["N"] == 2 * PICTURES
+        assert rows["IP-Adapter"]["trainings"] == 1 and rows["IP-Adapter"]["N"] == PICTURES
+
+
+def test_a_row_is_the_mean_over_trainings_and_differences_pair_people_and_trainings(noise, tiny_model):
+    judge = FeatureNet.load(tiny_model.folder) if hasattr(tiny_model, "folder") else judges.load_judge("toy")
+    table = scores.Table(noise, judging.Judges(noise, tiny_model, judge))
+    once = table.read_folder("max")
+    noise.methods["other"] = plan.Method("other")
+    for p in range(2):
+        photos.save_bytes(noise.files("other", p), torch.full((2, 3, 64, 64), 90 * p, dtype=torch.uint8))
+    again = table.read_folder("other")
+    row = scores.Row(once, again)
+    people = [0, 1, 1]
+    for measure, name in ((row.fid(), "measure_fid"), (row.kid(), "kid")):
+        values = [getattr(pictures, name)(people) for pictures in (once, again)]
+        assert measure(people, [0, 1]) == pytest.approx(sum(values) / 2)
+        assert measure(people, [1, 1]) == pytest.approx(values[1])
+    table.add("both", row)
+    assert table.numbers["both"]["FID ↓"][0] == pytest.approx(row.fid()([0, 1], [0, 1]))
+    table.add("once", scores.Row(once))
+    table.add("twin", scores.Row(once, again))
+    table.add_differences("both")
+    assert table.differences["twin"]["FID ↓"] == (0, 0, 0)  # the same draws on both sides
+    low, high = table.differences["once"]["FID ↓"][1:]
+    assert low < table.differences["once"]["FID ↓"][0] < high
+
+
+def test_dreambooth_teaches_a_person_once_for_all_w(world, workdir, monkeypatch):
+    taught = []
+    fine_tune = makers.fine_tune
+
+    def count(*args):
+        taught.append(args)
+        return fine_tune(*args)
+
+    monkeypatch.setattr(makers, "fine_tune", count)
+    made = make_folders(world, workdir / "curve", ["one-photo"])
+    for w in (1.0, 3.0):
+        made.methods[f"dreambooth-w-{w:g}"] = replace(
+            table1.list_methods(None, {}, True, chosen.DREAMBOOTH)["dreambooth"][0], guidance=w)
+    makers.Maker(made, world.sd).make()
+    assert len(taught) == 2  # people
+    whole, found = read_bytes(world.whole), read_bytes(workdir / "curve")
+    same = [name for name in found if name.startswith("dreambooth-w-1/")]
+    assert len(same) == PICTURES and all(whole[name] == found[name] for name in same)
+    seconds = [makers.read_seconds(made, f"dreambooth-w-{w}") for w in (1, 3)]
+    assert seconds[1] > 0.5 * seconds[0]  # both hold the time of teaching
+
+
+def test_what_is_chosen_is_chosen_on_validation_people(monkeypatch):
+    settings = plan.Settings(torch.device("cpu"), "fp32", people=3, validation=True)
+    names = [subject.name for subject in plan.choose_subjects("toy", 64, settings)]
+    assert names == ["toy_00000", "toy_00001", "toy_00002"]  # of seed 2, whose first hundred validate
+    assert plan.choose_subjects("toy", 64, replace(settings, validation=False))[0].name == "toy_00100"
+    with pytest.raises(ValueError, match="--people 101: there are 100"):
+        plan.choose_subjects("toy", 64, replace(settings, people=101))
+    crowd = [plan.Person(str(k), "man", [None] * 10) for k in range(309)]
+    monkeypatch.setattr(plan, "LFW", lambda source, size: SimpleNamespace(people=crowd))
+    _, held_out = plan.split(crowd)
+    subjects = plan.choose_subjects("folder", 64, replace(settings, people=1000))
+    assert [subject.person for subject in subjects] == held_out[:100]
+    assert set(sweeps.CHOICES) == {"dreambooth", "w", "phi"}
+    assert set(chosen.GUIDANCE) == set(table1.list_methods(
+        None, {name: [None] for name in ("selfattn", "max", "avg", "concat", "same-photo")}, True))
+
+
+def test_the_rule_takes_the_lowest_fid_of_a_curve_and_the_lowest_mean_of_all():
+    fids = {("a", 1.0): 5.0, ("a", 2.0): 3.0, ("a", 4.0): 4.0, ("b", 1.0): 9.0, ("b", 2.0): 8.0, ("b", 4.0): 6.0}
+    points = {}
+    table = SimpleNamespace(numbers={}, lines=[], said=[])
+    table.print_line = lambda *cells: table.said.append(cells)
+    for (name, x), value in fids.items():
+        points[f"{name}{x}"] = sweeps.Point(name, str(x), x, plan.Method(f"{name}; {x}"))
+        table.numbers[f"{name}; {x}"] = {"FID ↓": (value, 0, 99)}
+    sweeps.choose(table, points, ["a", "b"])
+    assert [cells[1:3] for cells in table.said] == [("a", "2"), ("b", "4"), ("common", "4")]
 
 
 def test_accessories_of_the_sweep_are_those_of_the_drawing():
