@@ -19,7 +19,6 @@ How test people are kept out of training, all in one place:
 Then: the frozen features of every photo (`Features`), and leave-one-out batches (`leave_one_out`).
 """
 
-import warnings
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,11 +28,13 @@ import numpy as np
 import torch
 
 from aggregators import choose_references
+from support.checkpoints import digest_encoders
 from support.devices import autocast_dtype, device_of
-from support.files import digest, load_or_compute
+from support.files import describe_file, load_or_compute
 from support.finite import check_finite
-from support.pictures import PICTURES, crop_square, load_image, open_photos, to_tensor
-from support.text import read_lines
+from support.pictures import (PICTURES, crop_square, load_image, open_photos, to_tensor,
+                              warn_of_unreadable)
+from support.text import find_noun, read_prompts
 from toyfaces import drawing
 from toyfaces.captions import write_prompt
 
@@ -100,7 +101,7 @@ class LFW:
         root = Path(root)
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder; give one with a folder of photos a person")
-        prompts = self.read_prompts(root)
+        prompts = read_prompts(root)
         self.people = []
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
             files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
@@ -110,40 +111,12 @@ class LFW:
             for file in files:
                 name = f"{folder.name}/{file.name}"
                 prompt = prompts.get(name, "a photo of a person")
-                key = self.make_key(file, size)
+                key = describe_file(file, size)
                 shots.append(Photo(partial(load_image, file), prompt, name, size, key))
-            self.people.append(Person(folder.name, self.find_noun(shots), shots))
+            self.people.append(Person(folder.name, find_noun([shot.prompt for shot in shots]), shots))
         if not self.people:
             few = f"no person with at least {min_photos} photos"
             raise ValueError(f"{root}: {few}; expected <Name>/<Name>_0001.jpg …")
-
-    @staticmethod
-    def make_key(file, size):
-        """What the pixels of a photo depend on; a link that leads nowhere has no size and no date."""
-        try:
-            facts = file.stat()
-        except OSError:
-            return (str(file.absolute()), size)
-        return (str(file.resolve()), size, facts.st_size, facts.st_mtime_ns)
-
-    @staticmethod
-    def read_prompts(root):
-        """{photo's name: prompt} of the prompts.tsv in the folder or beside it, if there is one."""
-        for path in (root / "prompts.tsv", root.parent / "prompts.tsv"):
-            if path.is_file():
-                lines = read_lines(path)[1:]  # after the header
-                prompts = dict(line.split("\t")[:2] for line in lines if "\t" in line)
-                if not prompts:
-                    raise ValueError(f"{path} holds no line with a photo, a tab and its prompt")
-                return prompts
-        return {}
-
-    @staticmethod
-    def find_noun(shots):
-        """The word that most prompts of a person use."""
-        words = [word for shot in shots for word in shot.prompt.split()]
-        nouns = [word for word in words if word in ("man", "woman")]
-        return max(nouns, key=nouns.count, default="person")
 
 
 def split(people, ratio=2 / 3, seed=0):
@@ -212,13 +185,6 @@ class Features:
         self.groups = list(torch.arange(len(kept)).split(counts))
 
 
-def warn_of_unreadable(photos, readable):
-    bad = [photo.name for photo, ok in zip(photos, readable) if not ok]
-    if bad:
-        names = ", ".join(bad[:5])
-        warnings.warn(f"{len(bad)} of {len(photos)} photos are unreadable and left out: {names}")
-
-
 def split_like(values, people):
     """A flat list with one value a photo -> one list a person."""
     values = iter(values)
@@ -250,19 +216,6 @@ def compute_features(sd, photos, prompts):
         c_t.append(sd.encode_prompts(prompts[start : start + 64]).float().cpu())
     return {"z_0": torch.cat(z_0), "embeds": torch.cat(embeds), "c_t": torch.cat(c_t),
             "readable": torch.tensor(readable)}
-
-
-def digest_encoders(sd):
-    """A digest of all that features depend on of a model (the VAE's decoder encodes nothing).
-
-    ValueError if there is no image encoder.
-    """
-    if sd.image_encoder is None:
-        hint = "name one with --image-encoder (h94/IP-Adapter)"
-        raise ValueError(f"the model comes without an image encoder: {hint}")
-    networks = (sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder, sd.image_encoder)
-    scale = sd.vae.config["scaling_factor"]
-    return digest(*networks, size=sd.image_size, scale=scale, preprocessor=sd.preprocessor)
 
 
 # ---------------------------------------------------------------- batches

@@ -14,12 +14,9 @@ Where the paper is silent: x and x_pr are VAE latents, as in eq. 1. A batch hold
 pictures as photos, each with its own t and ε. Class pictures are made by the model as it was,
 without guidance, as the formula says (`DreamBooth.class_guidance` changes that).
 
-LoRA trains low-rank updates of the attention projections. Its files have diffusers' layout,
-`unet.<layer>.lora_A.weight` and `lora_B.weight`, with α/r multiplied into B.
+LoRA trains low-rank updates of the attention projections; support/lora.py writes its files.
 """
 
-import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +27,11 @@ from tqdm import tqdm
 
 from ddpm import lookup, q_sample
 from ip_adapter import generate, generate_in_parts
-from support.devices import autocast_dtype, device_of, frozen_dtype, move
+from support.devices import autocast_dtype, device_of
 from support.distributed import first_alone
-from support.files import digest, digest_bytes, save_tensors
-from support.lora import find_scale, read_lora
+from support.files import digest, digest_bytes, successive_runs
+from support.lora import attention_projections
 from support.pictures import load_image, save_grid, save_image, to_images, to_tensor
-from support.weights import check_tensor
 
 
 @dataclass
@@ -52,20 +48,6 @@ class DreamBooth:
 def write_prompts(identifier, noun):
     """"a [identifier] [noun]" and "a [noun]": the prompts of the person and of the class."""
     return [f"a {identifier} {noun}", f"a {noun}"]
-
-
-def check_identifier(tokenizer, identifier):
-    """Warn, naming them, if `identifier` is several tokens: each already means something.
-
-    ValueError if it is none.
-    """
-    tokens = [token.removesuffix("</w>") for token in tokenizer.tokenize(identifier)]
-    if not tokens:
-        raise ValueError("the identifier is empty: give one rare word, such as sks")
-    if len(tokens) > 1:
-        split = f"splits the identifier {identifier!r} into {len(tokens)} tokens, {' + '.join(tokens)}"
-        advice = "which may mean something already; better is a rare word of one token"
-        warnings.warn(f"the tokenizer {split}, {advice}")
 
 
 def encode_files(sd, files, generator, batch=8):
@@ -176,17 +158,6 @@ def save_variations(sd, person, noun, path, seed, batch, count=4):
     print(f"wrote {path}")
 
 
-def successive_runs(numbers, most):
-    """Runs of successive numbers, none longer than `most`: [0, 1, 2, 5, 6], 2 -> [[0, 1], [2], [5, 6]]."""
-    runs = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1 and len(runs[-1]) < most:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
-
-
 # ---------------------------------------------------------------- LoRA
 
 class LowRank(nn.Module):
@@ -207,12 +178,6 @@ class LowRank(nn.Module):
         return W + (self.scale * self.B) @ self.A
 
 
-def attention_projections(unet):
-    """The layers that LoRA changes, by name: W_q, W_k, W_v and W_out of every attention."""
-    is_projection = re.compile(r"attn[12]\.(to_[qkv]|to_out\.0)$").search
-    return {name: layer for name, layer in unet.named_modules() if is_projection(name)}
-
-
 def add_lora(unet, rank, alpha=None, generator=None):
     """Freeze `unet` and put a LowRank on each of its attention projections; alpha: default rank.
 
@@ -230,59 +195,3 @@ def add_lora(unet, rank, alpha=None, generator=None):
     return updates
 
 
-def move_to_learn(sd, device, precision, method):
-    """Bring a model to the device. For LoRA, what stays frozen is in half precision (frozen_dtype).
-
-    Not so the layers that LoRA changes: W + ΔW would round back to W while ΔW is small.
-    """
-    dtype = None
-    kept = []
-    if method.lora is not None:
-        dtype = frozen_dtype(sd.unet, precision)
-        kept = attention_projections(sd.unet).values()
-    move(sd.unet, device, dtype, kept)
-    move(sd.vae, device, dtype)
-    move(sd.text_encoder, device, dtype)
-
-
-def save_lora(unet, path):
-    """Write the LowRanks of `unet`, whole or not at all, as diffusers' `load_lora_weights` reads them."""
-    tensors = {}
-    for name, layer in attention_projections(unet).items():
-        update = layer.parametrizations.weight[0]
-        tensors[f"unet.{name}.lora_A.weight"] = update.A
-        tensors[f"unet.{name}.lora_B.weight"] = update.scale * update.B.detach()
-    save_tensors(path, tensors, {"format": "pt"})
-
-
-def load_lora(path, sd):
-    """W ← W + (α/r)·B·A in `sd.unet` for every pair of a LoRA file in diffusers' layout.
-
-    Our files have α/r in B; newer diffusers says α in the header (support/lora.py). ValueError,
-    before anything is changed: unreadable, or a tensor that has no place in this UNet or no partner.
-    """
-    tensors, settings = read_lora(path)
-    if not tensors:
-        raise ValueError(f"{path} is not a LoRA of this UNet's attention: it holds no tensors")
-    updates = []
-    used = set()
-    for name, layer in attention_projections(sd.unet).items():
-        name_A = f"unet.{name}.lora_A.weight"
-        name_B = f"unet.{name}.lora_B.weight"
-        A, B = tensors.get(name_A), tensors.get(name_B)
-        if A is None or B is None:
-            continue
-        n, m = layer.weight.shape
-        if A.ndim == B.ndim == 2 and A.shape == (len(A), m) and B.shape == (n, len(A)):
-            dtype = torch.promote_types(A.dtype, B.dtype)
-            scale = find_scale(settings, name, rank=len(A))
-            update = (scale * B.to(dtype)) @ A.to(dtype)
-            check_tensor(path, f"B·A of {name}", update)
-            updates.append((layer, update))
-            used.update([name_A, name_B])
-    wrong = sorted(tensors.keys() - used)
-    if wrong:
-        problem = f"tensor {wrong[0]} has no place in it, no partner or another shape"
-        raise ValueError(f"{path} is not a LoRA of this UNet's attention: {problem}")
-    for layer, update in updates:
-        layer.weight.data += update.to(layer.weight)

@@ -24,12 +24,12 @@ from scipy.linalg import LinAlgError, cholesky, sqrtm
 from scipy.linalg.blas import dtrmm
 
 from support.clip_judge import ClipJudge
+from support.command_lines import parse_scoring
 from support.devices import pick_device
 from support.folders import read_folder, read_people, require_same_people
-from support.inception import InceptionV3
 from support.judges import load_face_judge, load_judge
 from support.pictures import picture_files
-from support.program import device_name, make_parser, run
+from support.program import run
 
 EPS = np.finfo(np.float64).eps
 
@@ -390,39 +390,8 @@ def score_faces(judge, real, generated, references=None, batch=32, device="cpu")
     return rows
 
 
-def parse_arguments():
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("real", metavar="REAL_DIR", help="folder of real pictures")
-    add("generated", metavar="GENERATED_DIR", help="folder of generated pictures")
-    add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid, "
-        "or toy: FeatureNet (default: from torch.hub or, without a network, toy)")
-    add("--resize", choices=InceptionV3.RESIZE, default="pytorch-fid", help="to 299 x 299, as whose")
-    add("--faces", metavar="FILE", help="mobilefacenet.pt of foamliu/MobileFaceNet: adds identity, "
-        "rank-1 and copying of people with a folder of the same name in each of the folders")
-    add("--face-box", help="with --faces: where the face lies; deep-funneled (photos of LFW), whole, "
-        "or left,top,right,bottom in fractions of the picture (default: whole)")
-    add("--clip", help="folder or hub id of a CLIP (openai/clip-vit-large-patch14): adds cosines of "
-        "one person's pictures to REAL_DIR (CLIP-I), to --prompt (CLIP-T), to --references (copy)")
-    add("--prompt", help="with --clip: what all generated pictures should show")
-    add("--references", help="with --clip, --faces: folder of the photos the method was given")
-    add("--splits", type=int, default=1, help="IS: mean over so many parts (torch-fidelity: 10)")
-    add("--batch", type=int, default=32, help="pictures at once")
-    add("--seed", type=int, default=2020, help="of the shuffle before the splits")
-    add("--device", type=device_name, default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args()
-
-    if args.prompt is not None and not args.clip:
-        raise ValueError("--prompt needs --clip, a CLIP to compare with")
-    if args.references and not (args.clip or args.faces):
-        raise ValueError("--references needs --clip or --faces to compare with")
-    if args.face_box and not args.faces:
-        raise ValueError("--face-box needs --faces, the file of a face recogniser")
-    return args
-
-
 def main():
-    args = parse_arguments()
+    args = parse_scoring(__doc__)
     device = pick_device(args.device)
     cosines = {}
     if args.clip:  # first: a wrong name must not cost the rest

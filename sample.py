@@ -12,23 +12,22 @@ Is it the person? For photographs `metrics.py --faces mobilefacenet.pt` measures
 says where to get that file, with one line of curl, and what it may be used for.
 """
 
-import warnings
 from pathlib import Path
 
 import torch
-from PIL import ImageOps
 
 from aggregators import AGGREGATORS
 from data import ToyFaces
-from dreambooth import load_lora
 from ip_adapter import IPAdapter, generate
-from support.checkpoints import ADAPTER, TINY, Checkpoint, find_beside, read_adapter
+from support.checkpoints import ADAPTER, TINY, Checkpoint, find_beside, find_newest_adapter
+from support.command_lines import parse_sampling
 from support.devices import DTYPE, Stopwatch, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
-from support.files import check_writable, digest
+from support.files import check_writable
 from support.finite import check_finite
-from support.pictures import load_image, save_grid, save_pictures, to_tensor
-from support.program import add_device_arguments, file_path, make_parser, run
+from support.lora import load_lora
+from support.pictures import load_image, save_pictures, save_sheet
+from support.program import run
 from support.text import one_line
 from unet import StableDiffusion, UNet
 
@@ -42,18 +41,10 @@ def find_adapter(model, path):
     if path is not None:
         return path
     if Path(model).resolve() == TINY.resolve():
-        runs = [file for file in Path("runs").glob("*/ip-adapter.safetensors") if file.is_file()]
-        if runs:
-            files = Checkpoint(TINY, torch.float32)
-            weights = digest(files.load("unet", lambda config: UNet(**config), "cpu"))
-        for file in sorted(runs, key=lambda file: file.stat().st_mtime, reverse=True):
-            try:
-                _, metadata = read_adapter(file)
-            except ValueError as error:
-                warnings.warn(f"{error}: left out")
-                continue
-            if metadata.get("base", "").startswith(weights):
-                return file
+        files = Checkpoint(TINY, torch.float32)
+        newest = find_newest_adapter(lambda: files.load("unet", lambda config: UNet(**config), "cpu"))
+        if newest:
+            return newest
     shipped = Path(model) / ADAPTER
     return shipped if shipped.is_file() else None
 
@@ -95,52 +86,6 @@ def load_model(model, device, precision, image_encoder, lora):
     return sd
 
 
-def save_sheet(path, references, images, prompt, per_row=9):
-    """A grid: the reference pictures in the upper rows, the pictures (B, 3, H, W) in the lower."""
-    size = images.shape[-1]
-    shown = [to_tensor([ImageOps.fit(image, (size, size))])[0] for image in references]
-    rows, captions = [], []
-    for pictures, caption in ((shown, "references"), (list(images), prompt)):
-        for start in range(0, len(pictures), per_row):
-            rows.append(pictures[start : start + per_row])
-            captions.append(caption if start == 0 else "")
-    save_grid(path, rows, captions=captions, side=min(max(size, 128), 256))
-
-
-def parse_arguments():
-    parser = make_parser(__doc__)
-    parser.ranges["steps"] = (1, 1000)
-    add = parser.add_argument
-    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
-        "weights/tiny)")
-    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
-    add("--adapter", type=file_path, help="adapter file (default: the newest in runs/, or the shipped)")
-    add("--refs", type=file_path, nargs="+", help="photos of one person (default: a toy person)")
-    add("--agg", choices=list(AGGREGATORS), help="use the adapter with another aggregator")
-    add("--lora", type=file_path, help="LoRA file to merge into the UNet, ours or diffusers'")
-    add("--prompt", help="what to show (default: the scene of the person's tenth photo)")
-    add("--negative", default="", help="what not to show")
-    add("--lam", type=float, default=1.0, help="weight λ of the references; 0 is text only")
-    add("--guidance", type=float, default=4.0, help="classifier-free guidance w; 1 is none")
-    add("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm", help="reverse process")
-    add("--steps", type=int, default=30, help="UNet evaluations, 1 to 1000")
-    add("--n", type=int, default=6, help="pictures to make")
-    add("--seed", type=int, default=0, help="picture k starts from the noise of seed + "
-        "k; of toy people, also which person")
-    add_device_arguments(parser, precision="number format of the weights")
-    add("--compile", action="store_true", help="compile the UNet first, on GPUs: takes a minute")
-    add("--benchmark", action="store_true", help="print warm-up, seconds a step and peak memory")
-    add("--out", type=Path, default=Path("runs/sample.png"), help="picture to write")
-    return parser.parse_args()
-
-
-def check_arguments(args):
-    if args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder: name the picture to write")
-    if args.benchmark and args.steps == 1:
-        raise ValueError("--benchmark with --steps 1: the first step only warms up, give it more")
-
-
 def takes_toy_person(model, adapter_file, lora):
     """Whether the references are an unseen toy person's, if none are given."""
     is_tiny = Path(model).resolve() == TINY.resolve()
@@ -176,8 +121,7 @@ def check_request(args, references, prompt, adapter_file):
 
 
 def main():
-    args = parse_arguments()
-    check_arguments(args)
+    args = parse_sampling(__doc__, list(AGGREGATORS))
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     adapter_file = find_adapter(args.model, args.adapter)

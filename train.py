@@ -24,21 +24,23 @@ from torch import nn
 from tqdm import tqdm
 
 from aggregators import AGGREGATORS
-from data import Features, digest_encoders, leave_one_out, load_people
-from dreambooth import (DreamBooth, add_lora, check_identifier, encode_files, make_class_images,
-                        move_to_learn, prior_preservation_loss, save_lora, save_variations,
-                        write_prompts)
+from data import Features, leave_one_out, load_people
+from dreambooth import (DreamBooth, add_lora, encode_files, make_class_images,
+                        prior_preservation_loss, save_variations, write_prompts)
 from ip_adapter import (IPAdapter, adapter_loss, draw_t_and_eps, drop_conditions,
                         generate_in_parts, validate_eq1)
-from support.checkpoints import ADAPTER, TINY, find_beside, find_inside
+from support.checkpoints import ADAPTER, digest_encoders, find_beside, find_inside
+from support.command_lines import parse_training
 from support.devices import (autocast, device_of, frozen_dtype, is_large, move, peak_memory,
                              pick_device, pick_precision)
 from support.distributed import (agree, begin_alike, first_alone, is_first, my_share, processes,
                                  sum_gradients, sum_over_processes)
 from support.files import digest, digest_bytes, digest_file
 from support.history import History, own_run, report
+from support.lora import move_to_learn, save_lora
 from support.pictures import picture_files, save_grid
-from support.program import add_device_arguments, interruptible, make_parser, run
+from support.program import interruptible, run
+from support.text import check_identifier
 from unet import StableDiffusion
 
 DEFAULTS = {  # method and whether the UNet is Stable Diffusion's: steps, batch, peak learning rate
@@ -215,8 +217,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     sd.unet.gradient_checkpointing = options.checkpointing
     task = adapter_task("adapter", sd, adapter, features, held, device, strangers=strangers)
     beyond = {"strangers": strangers} if strangers else {}  # of the paper
-    settings = dict(agg=agg, people=people, base=base, photos=photos, **beyond)
-    rows = fit(task, out, options, settings)
+    rows = fit(task, out, options, dict(agg=agg, people=people, base=base, photos=photos, **beyond))
     if not is_first():
         return
 
@@ -379,60 +380,9 @@ def train_dreambooth(out, options, method, model, images, identifier, noun):
 
 # ---------------------------------------------------------------- command line
 
-def parse_arguments():
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--method", choices=["adapter", "dreambooth"], default="adapter", help="what to train")
-    add("--agg", choices=list(AGGREGATORS), default="selfattn", help="aggregator of references")
-    add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
-        "weights/tiny)")
-    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
-    add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
-    add("--people", type=int, default=800, help="toy people to draw and train on")
-    add("--strangers", type=float, default=0.0, metavar="P", help="beyond the paper: the probability "
-        "that one to three references show somebody else")
-    add("--init", type=Path, help="adapter file to start from (default: the one in --model)")
-    add("--steps", type=int, help="optimiser steps (default: 400; DreamBooth: 200, of SD 1.5 800)")
-    add("--batch", type=int, help="photos a step (default: 64; DreamBooth: 8 and 8, of SD 1.5 1 and 1)")
-    add("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
-    add("--lr", type=float, help="peak learning rate (default: 1e-3; SD 1.5: 1e-4, DreamBooth of all of it 5e-6)")
-    add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
-    add("--every", type=int, default=100, help="steps between checkpoints and validations")
-    add("--seed", type=int, default=0, help="of the random numbers of training")
-    add_device_arguments(parser)
-    add("--out", type=Path, help="folder for results (default: runs/<agg> or runs/dreambooth)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add = parser.add_argument_group("--method dreambooth").add_argument
-    add("--images", type=Path, help="folder of photos of one person, one to hundreds")
-    add("--noun", help="the class: man, woman, person, dog, …")
-    add("--identifier", default="sks", help="rare word for the person")
-    add("--prior-weight", type=float, default=1.0, help="λ of the class term; 0: no class pictures")
-    add("--class-images", type=int, default=200, help="class pictures that are made first")
-    add("--train-text-encoder", action="store_true", help="train it too")
-    add("--lora", type=int, metavar="RANK", help="train only updates of this rank of the attention")
-    return parser.parse_args()
-
-
-def check_arguments(args):
-    of_dreambooth = args.images or args.noun or args.lora or args.train_text_encoder
-    if args.method == "adapter" and of_dreambooth:
-        flags = "--images, --noun, --lora and --train-text-encoder"
-        raise ValueError(f"{flags} are for --method dreambooth")
-    if args.method == "dreambooth" and not (args.images and args.noun):
-        needs = "--images, a folder of photos, and --noun, what they show"
-        raise ValueError(f"--method dreambooth needs {needs}")
-    if args.data != "toy" and not Path(args.data).is_dir():
-        raise ValueError(f"--data {args.data}: no such folder; give one with a folder a person")
-    if args.method == "dreambooth" and len(f"{args.identifier} {args.noun}") > 200:
-        raise ValueError("--identifier and --noun are a word or two, not more than 200 characters")
-    if args.lora and args.train_text_encoder:
-        raise ValueError("--lora trains the UNet only: leave --train-text-encoder out")
-
-
 @processes()
 def main():
-    args = parse_arguments()
-    check_arguments(args)
+    args = parse_training(__doc__, list(AGGREGATORS))
     my_share(args.accumulate)  # refuses fewer batches than processes, before the work
     device = pick_device(args.device)
     options = Options(device, pick_precision(args.precision, device), args.steps, args.batch,

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import SpatialAttention, Transformer2D
 from ddpm import Schedule
 from support import checkpoints, configs
+from support.devices import match
 from support.pictures import clip_pixels
 from support.text import tokenize
 
@@ -345,12 +346,6 @@ class AutoencoderKL(nn.Module):
     def decode(self, z):
         """z (B, C, h, w), unscaled -> pixels (B, 3, H, W), about [−1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z))
-
-
-def match(x, module):
-    """x on the device and in the dtype of a network."""
-    weight = next(module.parameters())
-    return x.to(weight.device, weight.dtype)
 
 
 class StableDiffusion:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from data import Features, digest_encoders, load_people
+from data import Features, load_people
 from ip_adapter import IPAdapter
-from support.checkpoints import ADAPTER, TINY, read_adapter
+from support.checkpoints import TINY, digest_encoders, read_adapter
 from support.devices import autocast
 from support.distributed import environment_alone
 from support.files import digest, digest_file

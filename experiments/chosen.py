@@ -4,13 +4,14 @@ The rules were written down before the results were seen:
 
     DREAMBOOTH   of the recipes of `python -m experiments.sweeps dreambooth`, each at the w of its
                  lowest FID, the one with the lowest FID
-    GUIDANCE     of every method the w with the lowest FID (`python -m experiments.sweeps w`)
+    GUIDANCE     of every method the w with the lowest FID (`python -m experiments.sweeps w`);
+                 the average of normalised embeddings has that of the average
     COMMON       the w with the lowest mean FID of the paper's five methods there
 
 Of other models and people nothing was chosen: theirs are the defaults of train.py, and one w for all.
 """
 
-DREAMBOOTH = {"steps": 200, "lr": 1e-3, "class_guidance": 1.0}
+DREAMBOOTH = {"steps": 400, "lr": 1e-3, "class_guidance": 1.0}
 GUIDANCE = {
     "one-photo": 4.0,
     "dreambooth": 4.0,

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from experiments.photos import photos_at_once, read_pictures
-from experiments.plan import REFERENCES
 from metrics import compare_embeddings, compare_people, rank_one
 from support.pictures import to_tensor
 from toyfaces.judge import FeatureNet, grade_features

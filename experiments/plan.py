@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from data import LFW, Person, ToyFaces, digest_encoders, split
+from data import LFW, Person, ToyFaces, split
 from dreambooth import DreamBooth
+from support.checkpoints import digest_encoders
 from support.files import digest, digest_bytes, digest_file, read_json, write_json
 
 VERSION = 3  # of the pictures: raised by hand when this or any other code makes other ones

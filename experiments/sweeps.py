@@ -110,7 +110,7 @@ def list_points(which, single, trained):
         "refs": ("max", "avg", BEST, "avg-trained"),
         "lam": ("one-photo", BEST),
         "kinds": (BEST, "avg-trained", "concat-trained", "selfattn-strangers", "avg-strangers"),
-        "w": tuple(methods),
+        "w": tuple(name for name in methods if name != "avg-normalised"),
         "phi": (BEST,),
     }
     for name in ("selfattn-strangers", "avg-strangers"):

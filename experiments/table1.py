@@ -79,8 +79,8 @@ def guide_methods(methods, guidance):
     for name, trainings in methods.items():
         w = guidance[name]
         rows[name] = {}
-        for run, method in enumerate(trainings):
-            folder = f"{name}-{run}" if run else name
+        for k, method in enumerate(trainings):
+            folder = f"{name}-{k}" if k else name
             rows[name][f"{folder}-w-{w:g}"] = replace(method, guidance=w)
     return rows
 

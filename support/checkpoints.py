@@ -7,6 +7,7 @@ and no settings; those are Stable Diffusion 1.5's.
 
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 from support.configs import (CLIP_COLOURS, SINGLE_FILE, check_fit, clip_config, naming,
                              read_settings)
-from support.files import find_reason, save_tensors, write_json
+from support.files import digest, find_reason, save_tensors, write_json
 from support.tensor_names import our_name
 from support.text import first_line, one_line, tokenize
 from support.weights import check_dtypes, check_tensor, read_pickle, read_safetensors, read_tensors
@@ -458,3 +459,34 @@ def check_adapter(path, tensors, expected):
     for name in tensors:
         if name not in expected:
             raise ValueError(f"{path}: tensor {one_line(name, 100)} has no place in this UNet")
+
+
+def find_newest_adapter(load_unet, runs=Path("runs")):
+    """The file of the newest run whose adapter was trained on this UNet's weights, or None.
+
+    load_unet: () -> UNet; called only if there are runs. Files that are none are named and left out.
+    """
+    files = [file for file in runs.glob("*/ip-adapter.safetensors") if file.is_file()]
+    weights = digest(load_unet()) if files else ""
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            _, metadata = read_adapter(file)
+        except ValueError as error:
+            warnings.warn(f"{error}: left out")
+            continue
+        if metadata.get("base", "").startswith(weights):
+            return file
+    return None
+
+
+def digest_encoders(sd):
+    """A digest of all that features depend on of a model (the VAE's decoder encodes nothing).
+
+    ValueError if there is no image encoder.
+    """
+    if sd.image_encoder is None:
+        hint = "name one with --image-encoder (h94/IP-Adapter)"
+        raise ValueError(f"the model comes without an image encoder: {hint}")
+    networks = (sd.vae.encoder, sd.vae.quant_conv, sd.text_encoder, sd.image_encoder)
+    scale = sd.vae.config["scaling_factor"]
+    return digest(*networks, size=sd.image_size, scale=scale, preprocessor=sd.preprocessor)

@@ -137,3 +137,9 @@ class Stopwatch:
             f"warm-up (to the end of the first step) {warm_up:.3f} s, then {step:.4f} s a step "
             f"(median), peak memory {memory:.2f} GB, on {self.device} in {precision}"
         )
+
+
+def match(x, module):
+    """x on the device and in the dtype of a network."""
+    weight = next(module.parameters())
+    return x.to(weight.device, weight.dtype)

@@ -281,3 +281,23 @@ def checksum(tensors):
         flat = tensor.detach().cpu().contiguous().flatten()
         value = zlib.crc32(flat.view(torch.uint8).numpy(), value)
     return f"{value:08x}"
+
+
+def successive_runs(numbers, most):
+    """Runs of successive numbers, none longer than `most`: [0, 1, 2, 5, 6], 2 -> [[0, 1], [2], [5, 6]]."""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1 and len(runs[-1]) < most:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
+def describe_file(file, size):
+    """A photo's key: what its pixels depend on. A link that leads nowhere has no size and no date."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return (str(file.absolute()), size)
+    return (str(file.resolve()), size, facts.st_size, facts.st_mtime_ns)

@@ -267,3 +267,22 @@ def save_grid(path, rows, columns=(), captions=(), side=128):
                 sheet.paste(picture, (side * c, top + step * (r + 1) - side))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_image(path, sheet)
+
+
+def save_sheet(path, references, images, prompt, per_row=9):
+    """A grid: the reference pictures in the upper rows, the pictures (B, 3, H, W) in the lower."""
+    size = images.shape[-1]
+    shown = [to_tensor([ImageOps.fit(image, (size, size))])[0] for image in references]
+    rows, captions = [], []
+    for pictures, caption in ((shown, "references"), (list(images), prompt)):
+        for start in range(0, len(pictures), per_row):
+            rows.append(pictures[start : start + per_row])
+            captions.append(caption if start == 0 else "")
+    save_grid(path, rows, captions=captions, side=min(max(size, 128), 256))
+
+
+def warn_of_unreadable(photos, readable):
+    bad = [photo.name for photo, ok in zip(photos, readable) if not ok]
+    if bad:
+        names = ", ".join(bad[:5])
+        warnings.warn(f"{len(bad)} of {len(photos)} photos are unreadable and left out: {names}")

@@ -45,3 +45,39 @@ def read_lines(path):
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_prompts(root):
+    """{photo's name: prompt} of the prompts.tsv in a folder or beside it, {} if there is none.
+
+    A header line, then "<Name>/<file>", a tab, the prompt. ValueError if it holds no such line.
+    """
+    for path in (root / "prompts.tsv", root.parent / "prompts.tsv"):
+        if path.is_file():
+            lines = read_lines(path)[1:]  # after the header
+            prompts = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+            if not prompts:
+                raise ValueError(f"{path} holds no line with a photo, a tab and its prompt")
+            return prompts
+    return {}
+
+
+def check_identifier(tokenizer, identifier):
+    """Warn, naming them, if `identifier` is several tokens: each already means something.
+
+    ValueError if it is none.
+    """
+    tokens = [token.removesuffix("</w>") for token in tokenizer.tokenize(identifier)]
+    if not tokens:
+        raise ValueError("the identifier is empty: give one rare word, such as sks")
+    if len(tokens) > 1:
+        split = f"splits the identifier {identifier!r} into {len(tokens)} tokens, {' + '.join(tokens)}"
+        advice = "which may mean something already; better is a rare word of one token"
+        warnings.warn(f"the tokenizer {split}, {advice}")
+
+
+def find_noun(prompts):
+    """man, woman or person: the word that most of a person's prompts use."""
+    words = [word for prompt in prompts for word in prompt.split()]
+    nouns = [word for word in words if word in ("man", "woman")]
+    return max(nouns, key=nouns.count, default="person")

@@ -24,7 +24,7 @@ from ip_adapter import IPAdapter, generate
 from support import checkpoints, program
 from support.checkpoints import ADAPTER, Checkpoint
 from support.finite import check_finite
-from support.lora import find_scale, read_lora
+from support.lora import find_scale, load_lora, read_lora, save_lora
 from support.text import first_line
 from support.weights import read_pickle
 from unet import AutoencoderKL, StableDiffusion
@@ -335,7 +335,7 @@ def lora(tiny_folder, tmp_path_factory):
     sd = StableDiffusion.load(tiny_folder)
     dreambooth.add_lora(sd.unet, 4)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    dreambooth.save_lora(sd.unet, path)
+    save_lora(sd.unet, path)
     return load_file(path)
 
 
@@ -359,7 +359,7 @@ def test_loras_of_no_rank_or_no_numbers_are_refused(kind, says, lora, tiny_model
     name = min(lora)
     save_file({**lora, name: spoil(lora[name].clone(), kind)}, path)
     with pytest.raises(ValueError, match=f"l.safetensors.*{says}"):
-        dreambooth.load_lora(path, tiny_model)
+        load_lora(path, tiny_model)
 
 
 def test_scale_of_a_lora_is_alpha_over_r_or_over_its_root():

@@ -23,6 +23,7 @@ from test_ip_adapter import SMALL
 from test_unet import PLAIN_VAE, model, randomise  # noqa: F401, model is a fixture
 from unet import AutoencoderKL, UNet
 from support import devices, lora
+from support.lora import load_lora, save_lora
 from support.weights import read_safetensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no-op")  # of load_state_dict: here it is none
@@ -156,9 +157,9 @@ def test_lora_trains_merges_and_is_saved_on_a_device(models, tmp_path):
         answer = sd.unet(randn(2, 4, 8, 8).to(device), 5, c_t)
         loss, grads = gradients(answer.square().mean(), updates)
         path = tmp_path / f"{device}.safetensors"
-        dreambooth.save_lora(sd.unet, path)
+        save_lora(sd.unet, path)
         merged = copy_to(device, models[device])
-        dreambooth.load_lora(path, merged)
+        load_lora(path, merged)
         with torch.no_grad():
             again = merged.unet(randn(2, 4, 8, 8).to(device), 5, c_t)
         return loss, grads, answer.detach(), again

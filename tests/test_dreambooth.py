@@ -20,7 +20,9 @@ from conftest import randn
 from data import ToyFaces
 from ddpm import Schedule, predict_x0, q_sample
 from ip_adapter import adapter_loss
+from support.lora import load_lora, save_lora
 from support.pictures import load_image, picture_files, to_tensor
+from support.text import check_identifier
 from unet import StableDiffusion, UNet
 
 SCHEDULE = Schedule.stable_diffusion()
@@ -165,11 +167,11 @@ def test_identifier_of_several_tokens_is_warned_of_by_name(tiny_model):
     assert len(tokens) > 1 and "".join(tokens) == "photohat"
     says = re.escape(f"'photohat' into {len(tokens)} tokens, {' + '.join(tokens)},")
     with pytest.warns(UserWarning, match=says):
-        dreambooth.check_identifier(tokenizer, "photohat")
+        check_identifier(tokenizer, "photohat")
     with warnings.catch_warnings(action="error"):
-        dreambooth.check_identifier(tokenizer, "photo")
+        check_identifier(tokenizer, "photo")
     with pytest.raises(ValueError, match="identifier is empty"):
-        dreambooth.check_identifier(tokenizer, " ")
+        check_identifier(tokenizer, " ")
 
 
 def test_photo_folders_that_are_no_use_are_named(tmp_path):
@@ -279,7 +281,7 @@ def lora(tiny_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("lora") / "pytorch_lora_weights.safetensors"
     for k, update in enumerate(dreambooth.add_lora(unet, 3, alpha=6)):
         update.B.data = 0.3 * randn(*update.B.shape, seed=k).float()
-    dreambooth.save_lora(unet, path)
+    save_lora(unet, path)
     return unet, path
 
 
@@ -291,7 +293,7 @@ def test_lora_merges_exactly(lora, tiny_folder):
     unet, path = lora
     sd = StableDiffusion.load(tiny_folder)
     before = sd.unet.requires_grad_(False)(*INPUT)
-    dreambooth.load_lora(path, sd)
+    load_lora(path, sd)
     assert torch.equal(sd.unet(*INPUT), unet(*INPUT))
     assert not torch.allclose(sd.unet(*INPUT), before, atol=1e-2)
 
@@ -318,7 +320,7 @@ def test_we_open_diffusers_lora_with_its_alpha(tiny_folder, tmp_path):
     metadata = pipe.unet.peft_config["default"].to_dict()
     pipe.save_lora_weights(tmp_path, tensors, unet_lora_adapter_metadata=metadata)
     sd = StableDiffusion.load(tiny_folder)
-    dreambooth.load_lora(tmp_path / "pytorch_lora_weights.safetensors", sd)
+    load_lora(tmp_path / "pytorch_lora_weights.safetensors", sd)
     torch.testing.assert_close(sd.unet(*INPUT), pipe.unet(*INPUT).sample, rtol=1e-4, atol=1e-4)
 
 
@@ -332,10 +334,10 @@ def test_lora_that_does_not_fit_changes_nothing(lora, tmp_path):
     for tensors, says in cases:
         save_file(tensors, bad)
         with pytest.raises(ValueError, match=says):
-            dreambooth.load_lora(bad, sd)
+            load_lora(bad, sd)
     bad.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a readable LoRA"):
-        dreambooth.load_lora(bad, sd)
+        load_lora(bad, sd)
     assert all(torch.equal(tensor, before[name]) for name, tensor in sd.unet.state_dict().items())
 
 
@@ -451,7 +453,7 @@ def test_lora_run_leaves_a_file_that_merges_and_resumes_exactly_but_not_with_oth
     whole = load_file("run/pytorch_lora_weights.safetensors")
     sd = StableDiffusion.load(tiny_folder)
     before = sd.unet(*INPUT)
-    dreambooth.load_lora("run/pytorch_lora_weights.safetensors", sd)
+    load_lora("run/pytorch_lora_weights.safetensors", sd)
     assert not torch.allclose(sd.unet(*INPUT), before)
 
     interrupt_once(monkeypatch)

@@ -12,8 +12,9 @@ from torchvision.models.inception import Inception3
 
 import metrics
 from conftest import randn
-from metrics import (Gaussian, InceptionV3, bootstrap_ci, fid, frechet_distance, inception_score, kernel_distance,
+from metrics import (Gaussian, bootstrap_ci, fid, frechet_distance, inception_score, kernel_distance,
                      load_judge, read_folder, textbook_frechet_distance)
+from support.inception import InceptionV3
 from support.program import run
 from toyfaces.judge import FeatureNet
 

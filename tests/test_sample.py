@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 import ip_adapter
 import sample
 from data import ToyFaces
-from dreambooth import add_lora, load_lora, save_lora
+from dreambooth import add_lora
 from ip_adapter import IPAdapter, generate
 from support import fast_cpu
+from support.lora import load_lora, save_lora
 from support.checkpoints import ADAPTER
 from support.devices import peak_memory
 from support.files import digest

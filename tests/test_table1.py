@@ -16,14 +16,15 @@ from PIL import Image
 from torchvision.models.inception import Inception3
 
 from conftest import randn
-from data import ToyFaces, digest_encoders
+from data import ToyFaces
 from experiments import adapters, chosen, distances, judging, makers, photos, plan, scores, sweeps, table1
 from ip_adapter import IPAdapter, generate
-from metrics import InceptionV3, bootstrap_ci, fid, inception_score, kernel_distance
+from metrics import bootstrap_ci, fid, inception_score, kernel_distance
 from support import judges
-from support.checkpoints import ADAPTER, read_adapter
+from support.checkpoints import ADAPTER, digest_encoders, read_adapter
 from support.devices import autocast, pick_precision
 from support.files import digest, digest_file
+from support.inception import InceptionV3
 from support.pictures import load_image, save_image, to_images, to_tensor
 from support.program import run
 from test_faces import state as face_weights  # noqa: F401 (a fixture)
