@@ -13,16 +13,16 @@ Of other models and people nothing was chosen: theirs are the defaults of train.
 
 DREAMBOOTH = {"steps": 400, "lr": 1e-3, "class_guidance": 1.0}
 GUIDANCE = {
-    "one-photo": 4.0,
+    "one-photo": 2.0,
     "dreambooth": 4.0,
     "max": 4.0,
-    "avg": 4.0,
-    "selfattn": 4.0,
+    "avg": 2.5,
+    "selfattn": 3.0,
     "text-only": 4.0,
-    "avg-normalised": 4.0,
-    "max-trained": 4.0,
-    "avg-trained": 4.0,
-    "concat-trained": 4.0,
-    "same-photo-trained": 4.0,
+    "avg-normalised": 2.5,
+    "max-trained": 3.0,
+    "avg-trained": 2.5,
+    "concat-trained": 3.0,
+    "same-photo-trained": 2.0,
 }
-COMMON = 4.0
+COMMON = 3.0

@@ -144,11 +144,15 @@ class Row:
 
 
 class Table:
-    """Scores folders, prints every row at once, and keeps all for table.md and table.json."""
+    """Scores folders, prints every row at once, and keeps all for table.md and table.json.
 
-    def __init__(self, plan, judges):
+    scored: {folders: (Row, numbers)} of another table of the same plan; it is added to.
+    """
+
+    def __init__(self, plan, judges, scored=None):
         self.plan = plan
         self.judges = judges
+        self.scored = {} if scored is None else scored
         self.numbers = {}  # title -> {column: number, or (number, low, high)}
         self.rows = {}  # title -> Row
         self.differences = {}  # title -> {column: (number, low, high)}, see add_differences
@@ -200,14 +204,19 @@ class Table:
 
     def add_method(self, *names):
         """Score the pictures of a method, of all its trainings, and print the row."""
-        methods = [self.plan.methods[name] for name in names]
-        w = methods[0].guidance
+        title = self.plan.methods[names[0]].title
+        if names in self.scored:
+            row, numbers = self.scored[names]
+            return self.keep(title, row, numbers)
+        w = self.plan.methods[names[0]].guidance
         w = self.plan.settings.guidance if w is None else w
         seconds = [read_seconds(self.plan, name) for name in names]
         seconds = [value for value in seconds if value is not None]
         mean_seconds = sum(seconds) / len(seconds) if seconds else None
         row = Row(*map(self.read_folder, names))
-        return self.add(methods[0].title, row, w, mean_seconds)
+        numbers = self.add(title, row, w, mean_seconds)
+        self.scored[names] = (row, numbers)
+        return numbers
 
     def add_round_trips(self, title):
         """The same for the real photos that went through the VAE: each has the scene of itself."""
@@ -221,7 +230,6 @@ class Table:
         if row is None or len(row.people) < 2:
             print(f"note: fewer than two people have pictures for the row: {title}")
             return None
-        self.rows[title] = row
         scores = {
             "FID ↓": row.fid(),
             "KID ↓": row.kid(),
@@ -240,6 +248,10 @@ class Table:
         numbers["trainings"] = len(row.trainings)
         numbers["s/picture ↓"] = seconds
         numbers["N"] = len(row)
+        return self.keep(title, row, numbers)
+
+    def keep(self, title, row, numbers):
+        self.rows[title] = row
         self.numbers[title] = numbers
         self.print_line(title, *map(format_cell, numbers.values()))
         return numbers

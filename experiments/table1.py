@@ -251,8 +251,9 @@ def make_tables(args):
     if not is_first():
         return
     judges = Judges(plan, sd, *judges)
+    scored = {}  # what both tables have is scored once
     for stem, rows in tables.items():
-        table = Table(plan, judges)
+        table = Table(plan, judges, scored)
         add_rows(table, rows)
         if BEST in rows:
             table.add_differences(TITLES[BEST])
