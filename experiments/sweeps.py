@@ -103,8 +103,8 @@ def list_points(which, single, trained):
 
     trained: {name: files}, of each the first is taken.
     """
-    trained = {name: files[:1] for name, files in trained.items()}
-    methods = list_methods(single, trained, which in CHOICES, chosen.DREAMBOOTH)
+    usual = {name: files[:1] for name, files in trained.items() if "strangers" not in name}
+    methods = list_methods(single, usual, which in CHOICES, chosen.DREAMBOOTH)
     methods = {name: trainings[0] for name, trainings in methods.items()}
     wanted = {
         "refs": ("max", "avg", BEST, "avg-trained"),
