@@ -207,6 +207,13 @@ def inception_score(probs, marginal="empirical", splits=1, seed=2020):
     return float(torch.stack(scores).mean())
 
 
+def draw_people(count, n=1000, seed=0):
+    """What `bootstrap_ci` draws: n times `count` numbers below `count`, with replacement."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        yield rng.integers(count, size=count)
+
+
 def bootstrap_ci(values_per_person, statistic, n=1000, seed=0, runs=()):
     """95 % interval (low, high) of statistic(list with one entry a person).
 
@@ -222,13 +229,11 @@ def bootstrap_ci(values_per_person, statistic, n=1000, seed=0, runs=()):
     statistic(people, runs). Of few runs it is somewhat too narrow: of three, the part that comes from
     the runs by √(2/3).
     """
-    rng = np.random.default_rng(seed)
     luck = np.random.default_rng(seed + 1)
     values = list(values_per_person)
     given = [list(runs)] if runs else []
     draws = []
-    for _ in range(n):
-        chosen = rng.integers(len(values), size=len(values))
+    for chosen in draw_people(len(values), n, seed):
         drawn = [[some[i] for i in luck.integers(len(some), size=len(some))] for some in given]
         draws.append(statistic([values[i] for i in chosen], *drawn))
     middle = statistic(values, *given)

@@ -21,7 +21,7 @@ from data import ToyFaces
 from ip_adapter import IPAdapter, generate
 from support.checkpoints import ADAPTER, TINY, Checkpoint, find_beside, find_newest_adapter
 from support.command_lines import parse_sampling
-from support.devices import DTYPE, Stopwatch, pick_device, pick_precision
+from support.devices import DTYPE, Stopwatch, is_large, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
 from support.files import check_writable
 from support.finite import check_finite
@@ -140,13 +140,16 @@ def main():
     c_t = sd.encode_prompts([prompt]).expand(args.n, -1, -1)
     null_c_t = sd.encode_prompts([args.negative])
     sd.text_encoder = sd.image_encoder = None  # no longer needed: room for pictures
+    w = args.guidance
+    if w is None:
+        w = 4.0 if is_large(sd.unet) else 3.0
 
     # From noise to pictures.
     check_writable(args.out.parent)  # before the work, not after it
     stopwatch = Stopwatch(sd.unet, device, count_steps=args.benchmark)
     prepare_unet(sd.unet, device, precision, args.compile)
     try:
-        images = generate(sd, c_t, null_c_t, c_i, null_c_i, args.guidance, args.lam, args.steps,
+        images = generate(sd, c_t, null_c_t, c_i, null_c_i, w, args.lam, args.steps,
                           args.sampler, args.seed, progress=True)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise ValueError(f"--compile: {str(error).splitlines()[0]}") from None

@@ -18,10 +18,12 @@ import torch
 
 from experiments.distances import GroupedFID, GroupedGaussian, StrangersKID
 from experiments.makers import read_seconds
-from metrics import bootstrap_ci, fid, inception_score
-from support.files import write_all
+from metrics import bootstrap_ci, draw_people, fid, inception_score
+from support.distributed import barrier, rank, world_size
+from support.files import digest_tensors, load_or_compute, write_all
 from train import DEFAULTS
 
+VERSION = 1  # of the distances: raised by hand when this code gives other ones
 DRAWS = 1000  # of the bootstrap
 FEW_DRAWS = 200  # of FIDs of more than MANY features: each takes a second
 MANY = 512
@@ -77,6 +79,21 @@ class Pictures:
         real = torch.cat([self.real[p] for p in people])
         return fid(real, self.pick("features", people))
 
+    def measure_draws(self):
+        """{people: FID} of everybody and of all that the bootstrap draws; kept on disk."""
+        samples = [self.people]
+        draws = DRAWS if self.real[0].shape[1] <= MANY else FEW_DRAWS
+        for drawn in draw_people(len(self.people), draws):
+            samples.append([self.people[i] for i in drawn])
+
+        def compute():
+            distances = [self.measure_fid(people) for people in samples]
+            return {"fid": torch.tensor(distances, dtype=torch.float64)}
+
+        key = digest_tensors(*self.real, *self.seen["features"])
+        found = load_or_compute(compute, "distances of draws", VERSION, draws, key)
+        return {tuple(people): float(d) for people, d in zip(samples, found["fid"])}
+
     def mean(self, name):
         """statistic(people) of numbers: their mean over all pictures."""
         sums = torch.stack([values.double().sum() for values in self.seen[name]])
@@ -88,7 +105,7 @@ class Pictures:
 
 
 class Row:
-    """A method: its Pictures, of one training or of several, and the FIDs that were measured.
+    """A method: its Pictures, of one training or of several.
 
     Functions of (people, runs) are means over the trainings `runs`, numbers of `trainings`; a run
     beyond the last begins at the first again.
@@ -99,7 +116,6 @@ class Row:
         self.people = trainings[0].people
         self.is_shuffled = trainings[0].is_shuffled
         self.runs = range(len(trainings)) if len(trainings) > 1 else ()
-        self.distances = {}  # (run, people) -> FID: intervals of rows and of differences share it
 
     def __len__(self):
         return sum(map(len, self.trainings))
@@ -131,16 +147,16 @@ class Row:
     def fid(self):
         """The bootstrap draws the same people for every row, so each FID is measured once."""
 
-        def measure(run, pictures):
+        def measure(pictures):
+            known = pictures.measure_draws()
+
             def distance(people):
-                key = (run, tuple(people))
-                if key not in self.distances:
-                    self.distances[key] = pictures.measure_fid(people)
-                return self.distances[key]
+                people = tuple(people)
+                return known[people] if people in known else pictures.measure_fid(people)
 
             return distance
 
-        return self.average([measure(*item) for item in enumerate(self.trainings)])
+        return self.average([measure(pictures) for pictures in self.trainings])
 
 
 class Table:
@@ -164,14 +180,18 @@ class Table:
         for column in COPIES:
             if column in self.columns and self.others:
                 self.natural[column] = self.others.mean(column)(self.others.people)
-        self.print_line("method", *self.columns)
-        self.print_line(*["---"] * (1 + len(self.columns)))
+
+    def print_head(self):
+        if not self.lines:
+            self.print_line("method", *self.columns)
+            self.print_line(*["---"] * (1 + len(self.columns)))
 
     def print_line(self, *cells):
         self.lines.append(f"| {' | '.join(cells)} |")
         print(self.lines[-1], flush=True)
 
     def print_heading(self, text):
+        self.print_head()
         self.print_line(f"*{text}*", *[""] * len(self.columns))
 
     def read(self, files, shots, targets, is_shuffled=False):
@@ -189,6 +209,12 @@ class Table:
         if not any(files):
             return None
         return Row(self.read(files, shots, [None] * len(people), is_shuffled=shift != 0))
+
+    def share_distances(self, folders):
+        """Measure the FIDs of the folders of methods, shared out among the processes of torchrun."""
+        for folder in folders[rank() :: world_size()]:
+            self.read_folder(folder).measure_draws()
+        barrier()
 
     def read_folder(self, folder):
         """The Pictures that a method made."""
@@ -253,6 +279,7 @@ class Table:
     def keep(self, title, row, numbers):
         self.rows[title] = row
         self.numbers[title] = numbers
+        self.print_head()
         self.print_line(title, *map(format_cell, numbers.values()))
         return numbers
 
@@ -267,10 +294,10 @@ class Table:
         return DRAWS if width <= MANY else FEW_DRAWS
 
     @staticmethod
-    def estimate(people, runs, statistic, draws=DRAWS):
+    def estimate(people, runs, statistic, draws=None):
         """(statistic, low, high): with the 95 % interval over people, and over runs if there are any."""
         value = statistic(people, runs) if runs else statistic(people)
-        return value, *bootstrap_ci(people, statistic, draws, runs=runs)
+        return value, *bootstrap_ci(people, statistic, draws or DRAWS, runs=runs)
 
     def add_differences(self, best):
         """Other rows minus the row `best`, with intervals over the same people and runs for both.

@@ -280,9 +280,10 @@ def make_sweep(which, args, out):
     points, logs = make_points(which, args, plan.settings.device, single, trained)
     plan.methods = {folder: point.method for folder, point in points.items()}
     Maker(plan, sd).make()
+    table = Table(plan, Judges(plan, sd, *judges))
+    table.share_distances(list(points))
     if not is_first():
         return
-    table = Table(plan, Judges(plan, sd, *judges))
     for folder in points:
         table.add_method(folder)
     if logs:

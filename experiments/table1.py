@@ -248,9 +248,10 @@ def make_tables(args):
         for folders in rows.values():
             plan.methods |= folders
     Maker(plan, sd).make()
+    judges = Judges(plan, sd, *judges)
+    Table(plan, judges).share_distances(list(plan.methods))
     if not is_first():
         return
-    judges = Judges(plan, sd, *judges)
     scored = {}  # what both tables have is scored once
     for stem, rows in tables.items():
         table = Table(plan, judges, scored)

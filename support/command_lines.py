@@ -75,7 +75,8 @@ def parse_sampling(text, aggregators):
     add("--prompt", help="what to show (default: the scene of the person's tenth photo)")
     add("--negative", default="", help="what not to show")
     add("--lam", type=float, default=1.0, help="weight λ of the references; 0 is text only")
-    add("--guidance", type=float, default=4.0, help="classifier-free guidance w; 1 is none")
+    add("--guidance", type=float, help="classifier-free guidance w; 1 is none (default: 3, as chosen "
+        "for the toy world by experiments/chosen.py; of Stable Diffusion 4)")
     add("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm", help="reverse process")
     add("--steps", type=int, default=30, help="UNet evaluations, 1 to 1000")
     add("--n", type=int, default=6, help="pictures to make")

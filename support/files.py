@@ -213,6 +213,16 @@ def digest(*networks, **settings):
     return sha.hexdigest()[:16]
 
 
+def digest_tensors(*tensors):
+    """Sixteen hex digits of the numbers of tensors, their types and their shapes."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().flatten()
+        sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(flat.view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
 def digest_file(path):
     """Sixteen hex digits of a file's content."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

@@ -116,6 +116,23 @@ def test_encoders_run_once_and_the_unet_once_a_step_on_both_branches(
     assert [call for call in calls if call not in ("image", "text")] == [4, 4, 4]
 
 
+def test_guidance_is_3_for_the_toy_world_and_4_for_stable_diffusion(
+        monkeypatch, tiny_folder, workdir, refs):
+    asked = []
+
+    def generate(sd, c_t, null_c_t, c_i, null_c_i, w, *_, **__):
+        asked.append(w)
+        return torch.zeros(len(c_t), 3, 64, 64)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    words = ["--model", tiny_folder, "--adapter", tiny_folder / ADAPTER, "--refs", *refs, "--prompt", "a hat"]
+    program(monkeypatch, *words)
+    program(monkeypatch, *words, "--guidance", 0)
+    monkeypatch.setattr(sample, "is_large", lambda unet: True)
+    program(monkeypatch, *words)
+    assert asked == [3.0, 0.0, 4.0]
+
+
 def test_lora_is_merged_before_sampling(monkeypatch, tiny_folder, workdir):
     sd = StableDiffusion.load(tiny_folder)
     for update in add_lora(sd.unet, 2, generator=torch.Generator().manual_seed(0)):

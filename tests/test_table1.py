@@ -93,6 +93,8 @@ def make_small(patch, tiny_folder):
         return bootstrap_ci(values, statistic, 20, runs=runs)
 
     patch.setattr(scores, "bootstrap_ci", few_draws)
+    patch.setattr(scores, "DRAWS", 20)
+    patch.setattr(scores, "FEW_DRAWS", 20)
     patch.setattr(makers, "make_class_images", make_few)
     patch.setattr(makers, "fine_tune", one_step)
 
@@ -537,6 +539,8 @@ def test_folders_scored_by_torch_fidelity_give_the_tables_fid_and_is(noise, tiny
         batch_size=4, save_cpu_ram=True, verbose=False, cache=False, fid=True, isc=True, isc_splits=1,
         feature_extractor_weights_path=str(inception))
     monkeypatch.setattr(scores, "bootstrap_ci", lambda *_, **options: (0, 0))
+    monkeypatch.setattr(scores, "DRAWS", 0)
+    monkeypatch.setattr(scores, "FEW_DRAWS", 0)
     ours = score_noise(noise, tiny_model, InceptionV3(inception, "torch-fidelity"))
     assert ours["FID ↓"][0] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["IS empirical ↑"][0] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
@@ -547,6 +551,8 @@ def test_folders_read_by_pytorch_fid_give_the_tables_fid(noise, tiny_model, ince
     fid_score = pytest.importorskip("pytorch_fid.fid_score")
     monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *_, **__: torch.load(inception, weights_only=True))
     monkeypatch.setattr(scores, "bootstrap_ci", lambda *_, **options: (0, 0))
+    monkeypatch.setattr(scores, "DRAWS", 0)
+    monkeypatch.setattr(scores, "FEW_DRAWS", 0)
     net = peer.InceptionV3()
     features = []
     for folder in ("real", "max"):  # its own command wants one flat folder
@@ -695,6 +701,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(makers, "make_pictures", make_pictures)
     monkeypatch.setattr(scores, "bootstrap_ci", lambda *_, **options: (0.0, 1.0))
+    monkeypatch.setattr(scores, "DRAWS", 0)
     return calls
 
 
@@ -778,7 +785,7 @@ def test_table_of_several_trainings_has_every_method_at_its_own_w_and_at_the_com
     assert code == 0, line
     of_max = [weights["max", 0], weights["max", 1]]
     made = [weight for w, weight in asked if w == guidance["max-trained"]]
-    assert len(made) == 10 + 5 - 1 + 0 and len(asked) == 10 + 5 + 10 + 5 - 3 - 2 + 3
+    assert len(made) == 15 and len(asked) == 15 + 15 - 2  # the two of max-trained are shared
     assert [weight for weight in made if weight in of_max] == of_max
     for stem, ws in (("table", guidance), ("table-common", dict.fromkeys(guidance, guidance["max-trained"]))):
         rows = read_table(exam_folder, stem)[1]["rows"]
@@ -788,8 +795,10 @@ def test_table_of_several_trainings_has_every_method_at_its_own_w_and_at_the_com
         assert rows["IP-Adapter"]["trainings"] == 1 and rows["IP-Adapter"]["N"] == PICTURES
 
 
-def test_a_row_is_the_mean_over_trainings_and_differences_pair_people_and_trainings(noise, tiny_model):
-    judge = FeatureNet.load(tiny_model.folder) if hasattr(tiny_model, "folder") else judges.load_judge("toy")
+def test_a_row_is_the_mean_over_trainings_and_differences_pair_people_and_trainings(
+        noise, tiny_model, monkeypatch):
+    judge = judges.load_judge("toy")
+    monkeypatch.setattr(scores, "DRAWS", 50)
     table = scores.Table(noise, judging.Judges(noise, tiny_model, judge))
     once = table.read_folder("max")
     noise.methods["other"] = plan.Method("other")
