@@ -174,6 +174,19 @@ def draw_selfattn_weights(world, path):
     compare_weights(world, adapter, hats)
 
 
+def print_gaze(words, weights, watched):
+    """The weight on the watched references: by all nine, by the others, and by themselves.
+
+    weights (P, 9, 9), rows are those who look; watched: numbers of references.
+    """
+    others = [k for k in range(9) if k not in watched]
+    chance = f"chance {len(watched) / 9:.3f}"
+    lookers = {"all": range(9), "the others": others, "themselves": watched}
+    for who, rows in lookers.items():
+        given = weights[:, list(rows)].mean(1)[:, watched].sum(1)  # (P,)
+        print_interval(f"{words}: on the last {len(watched)} by {who} ({chance})", given)
+
+
 def draw_strangers(world, path):
     """The weights on strangers among the references: as trained in the paper's way, and with strangers.
 
@@ -190,9 +203,7 @@ def draw_strangers(world, path):
         for name, (_, watched) in WITH_STRANGERS.items():
             embeds = world.embed_sets(pictures[name])
             weights[words, name] = weigh_references(aggregator, embeds)
-            given = weights[words, name].mean(1)[:, watched].sum(1)  # (P,)
-            chance = len(watched) / 9
-            print_interval(f"  {words}; {name}: on the last {len(watched)} (chance {chance:.3f})", given)
+            print_gaze(f"  {words}; {name}", weights[words, name], watched)
     shown = ("one of somebody else", "three of somebody else")
     figure, axes = new_sheet(3 * len(shown), 9, side=1.0)
     for r, name in enumerate(shown):

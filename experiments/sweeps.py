@@ -243,10 +243,12 @@ def draw_curves(which, table, points, path):
     if which in CHOICES:
         paths = {}
         for point in points.values():
+            if point.name == "text only":
+                continue  # so far away that it would push the others together
             numbers = table.numbers[point.method.title]
             spot = (f"{point.x:g}", numbers["FID ↓"], numbers.get("prompt ↑"), numbers[column])
             paths.setdefault(point.name, []).append(spot)
-        plot_paths(path, paths, ("FID ↓", "prompt ↑"), column, "numbers are w, bands 95 % intervals")
+        plot_paths(path, paths, ("FID ↓", "prompt ↑"), column, "numbers: w; thin lines: 95 % intervals")
     else:
         curves = {}
         for point in points.values():
