@@ -28,7 +28,7 @@ COMMANDS = {
     "python train.py --agg selfattn": "--people 4 --steps 1 --batch 4",
     "python train.py --agg avg": ELSEWHERE,
     "python train.py --agg concat": ELSEWHERE,
-    "python -m experiments.sweeps kinds --people 12 --seeds 1 --steps 10": ELSEWHERE,
+    "python -m experiments.sweeps kinds --people 12 --seeds 1 --steps 10 --guidance 4": ELSEWHERE,
     # 5: DreamBooth
     "python train.py --method dreambooth --images runs/photos --noun person --prior-weight 0"
     " --out runs/without-prior": SHORT_DREAMBOOTH,
