@@ -22,7 +22,8 @@ from aggregators import AGGREGATORS
 from data import ToyFaces
 from dreambooth import load_lora
 from ip_adapter import IPAdapter, generate
-from support.checkpoints import ADAPTER, TINY, Checkpoint, find_beside, read_adapter
+from support.checkpoints import TINY, Checkpoint, find_beside, find_shipped, read_adapter
+from support.crops import find_crop
 from support.devices import DTYPE, Stopwatch, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
 from support.files import check_writable, digest
@@ -33,11 +34,11 @@ from support.text import one_line
 from unet import StableDiffusion, UNet
 
 
-def find_adapter(model, path):
+def find_adapter(model, path, image_encoder=None):
     """The adapter file to use, or None.
 
     `path` if it is given. Else, for the tiny model, that of the newest run that was trained on the
-    weights which are there now; else the one shipped in the folder `model`.
+    weights which are there now; else the one shipped in the folder `model` for the image encoder.
     """
     if path is not None:
         return path
@@ -54,7 +55,7 @@ def find_adapter(model, path):
                 continue
             if metadata.get("base", "").startswith(weights):
                 return file
-    shipped = Path(model) / ADAPTER
+    shipped = find_shipped(model, image_encoder)
     return shipped if shipped.is_file() else None
 
 
@@ -113,7 +114,8 @@ def parse_arguments():
     add = parser.add_argument
     add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
         "weights/tiny)")
-    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
+    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model; or the "
+        "file of a face recogniser, mobilefacenet.pt")
     add("--adapter", type=file_path, help="adapter file (default: the newest in runs/, or the shipped)")
     add("--refs", type=file_path, nargs="+", help="photos of one person (default: a toy person)")
     add("--agg", choices=list(AGGREGATORS), help="use the adapter with another aggregator")
@@ -156,10 +158,24 @@ def choose_image_encoder(args, adapter_file):
     return False
 
 
-def find_references(args, adapter_file, size):
+def open_references(files, crop):
+    """Reference photos, cut like the photos that the model learned from; a hint if that is a guess."""
+    images = [load_image(file) for file in files]
+    if crop is None:
+        return images
+    strange = [file for file, image in zip(files, images) if image.size != crop.frame]
+    if strange:
+        share = (crop.box[2] - crop.box[0]) / crop.frame[0]
+        print(f"note: of {strange[0]}{' and others' if len(strange) > 1 else ''} the centre square is "
+              "taken; cut photos yourself so that the face fills it, from the middle of the forehead "
+              f"to the chin ({share:.0%} of a Deep Funneled photo)")
+    return [crop.cut(image) for image in images]
+
+
+def find_references(args, adapter_file, size, crop=None):
     """The reference pictures, none for text only, and the prompt: --prompt, or a toy person's scene."""
     if args.refs:
-        return [load_image(path) for path in args.refs], args.prompt
+        return open_references(args.refs, crop), args.prompt
     if not takes_toy_person(args.model, adapter_file, args.lora):
         return [], args.prompt
     references, scene = draw_unseen_person(args.seed, size)
@@ -180,10 +196,11 @@ def main():
     check_arguments(args)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    adapter_file = find_adapter(args.model, args.adapter)
+    adapter_file = find_adapter(args.model, args.adapter, args.image_encoder)
     image_encoder = choose_image_encoder(args, adapter_file)
     sd = load_model(args.model, device, precision, image_encoder, args.lora)
-    references, prompt = find_references(args, adapter_file, sd.image_size)
+    crop = find_crop(sd.preprocessor)
+    references, prompt = find_references(args, adapter_file, sd.image_size, crop)
     check_request(args, references, prompt, adapter_file)
 
     # The conditions: image tokens, the prompt's tokens, and those of "no condition".

@@ -30,7 +30,8 @@ from dreambooth import (DreamBooth, add_lora, check_identifier, encode_files, ma
                         write_prompts)
 from ip_adapter import (IPAdapter, adapter_loss, draw_t_and_eps, drop_conditions,
                         generate_in_parts, validate_eq1)
-from support.checkpoints import ADAPTER, TINY, find_beside, find_inside
+from support.checkpoints import TINY, find_beside, find_inside, find_shipped
+from support.crops import find_crop
 from support.devices import (autocast, device_of, frozen_dtype, is_large, move, peak_memory,
                              pick_device, pick_precision)
 from support.distributed import (agree, begin_alike, first_alone, is_first, my_share, processes,
@@ -198,7 +199,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     """
     device = options.device
     # The model, the adapter to start from, and digests of both for --resume.
-    init = init or Path(model) / ADAPTER
+    init = init or find_shipped(model, image_encoder)
     if not init.is_file():
         hint = f"name one with --init (ip-adapter_sd15.safetensors), or another --model than {model}"
         raise ValueError(f"{init}: no such adapter to start from; {hint}")
@@ -207,7 +208,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     options = options.complete("adapter", sd.unet)
     encoders = digest_encoders(sd)
     base = f"{digest(sd.unet)} {encoders} {digest_file(init)}"
-    learned, held_out = load_people(data, sd.image_size, people)
+    learned, held_out = load_people(data, sd.image_size, people, find_crop(sd.preprocessor))
     shots = [photo for person in learned + held_out for photo in person.photos]
     photos = digest_bytes([(shot.key, shot.prompt) for shot in shots])
     vae = sd.vae
@@ -386,7 +387,8 @@ def parse_arguments():
     add("--agg", choices=list(AGGREGATORS), default="selfattn", help="aggregator of references")
     add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
         "weights/tiny)")
-    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
+    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model; or the "
+        "file of a face recogniser, mobilefacenet.pt")
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--people", type=int, default=800, help="toy people to draw and train on")
     add("--strangers", type=float, default=0.0, metavar="P", help="beyond the paper: the probability "

@@ -1,47 +1,62 @@
-"""weights/tiny from scratch: a checkpoint of the tiny world, its adapter and its judge.
+"""Weights from scratch: a checkpoint, its adapter, and for toy people their judge.
 
-    python -m experiments.base --people 4000       two hours on two CPU cores
+    python -m experiments.base --people 4000       weights/tiny: two hours on two CPU cores
+    python -m experiments.base --data path/to/lfw-deepfunneled --crop 58,48,198,188 \
+        --out weights/photos                       of photographs: a night on two CPU cores
 
-Seven trainings (STAGES), one after another, each with the loop of train.py. When one runs, all that
-the others trained is frozen:
+Trainings (TOY_STAGES, PHOTO_STAGES), one after another, each with the loop of train.py. When one
+runs, all that the others trained is frozen:
 
     vae            pictures 64 × 64 <-> latents 4 × 16 × 16
     vae_sharp      the same with smaller batches: more steps in the same time
     vae_decoder    its decoder alone: the latents stay as they are
-    clip           the CLIP pair: photos and captions
-    feature_net    FeatureNet, the judge (toyfaces/judge.py)
+    clip           the CLIP pair: photos and captions; of photographs also who it is
+    feature_net    toys: FeatureNet, the judge (toyfaces/judge.py)
     unet           text to image: eq. 1 without image tokens
-    ip_adapter     eq. 1, every photo its own and only reference, as the original IP-Adapter
+    ip_adapter     toys: eq. 1, every photo its own and only reference, as the original IP-Adapter
+    together       photographs: eq. 1 for UNet and adapter, another photo of the person as reference
 
-Logs and checkpoints go to runs/base. --out is written at the end, all at once: until then a
-checkpoint that is there stays whole.
+Logs, checkpoints and pictures go to runs/base, of photographs to runs/base_photos. --out is written
+at the end, all at once: until then a checkpoint that is there stays whole.
 """
 
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from data import Features
-from experiments.base_data import make_faces, write_corpus
-from experiments.base_networks import make_tiny_world
+from experiments.base_average import Average, average_task
+from experiments.base_data import (choose_people, embed_both_sides, encode_both_sides, list_prompts,
+                                   make_faces, pick_side, read_faces, write_corpus)
+from experiments.base_identity import identity_task
+from experiments.base_networks import PHOTOS, make_tiny_world, make_world
+from experiments.base_pictures import save_round_trips, save_text_pictures
 from experiments.base_tasks import (clip_task, feature_net_task, measure_scaling_factor, unet_task,
                                     vae_task)
+from experiments.base_together import Branch, together_task
 from ip_adapter import IPAdapter
-from support.checkpoints import ADAPTER, TINY
+from support.checkpoints import ADAPTER, FACE_ADAPTER, TINY
 from support.claim import claim
+from support.crops import parse_crop
 from support.devices import autocast, pick_device, pick_precision
 from support.distributed import processes, refuse_torchrun
-from support.files import check_writable
-from support.program import add_device_arguments, make_parser, run
+from support.face_net import FaceEncoder, MobileFaceNet, find_face_box
+from support.files import check_writable, digest_bytes, digest_file
+from support.judges import load_face_judge
+from support.pictures import load_image, picture_files
+from support.program import add_device_arguments, file_path, make_parser, run
 from toyfaces import drawing
 from toyfaces.judge import FeatureNet
 from train import Options, adapter_task, fit
 
 RUNS = Path("runs/base")  # logs and checkpoints of the stages
 FINISHED = RUNS / "finished"  # is there when the results of these checkpoints are written
+PHOTO_RUNS = Path("runs/base_photos")
+SIZE = 64  # pixels
 
-STAGES = {  # name: steps, batch, peak learning rate
+STAGES = {  # of toy people; name: steps, batch, peak learning rate
     "vae": (1500, 32, 2e-3),
     "vae_sharp": (3000, 16, 1e-3),
     "vae_decoder": (800, 16, 5e-4),
@@ -50,85 +65,223 @@ STAGES = {  # name: steps, batch, peak learning rate
     "unet": (3400, 64, 1e-3),
     "ip_adapter": (900, 64, 1e-3),
 }
+PHOTO_STAGES = {
+    "vae": (2000, 32, 2e-3),
+    "vae_sharp": (6000, 16, 1e-3),
+    "vae_decoder": (1500, 16, 5e-4),
+    "clip": (6000, 128, 1e-3),
+    "unet": (12000, 64, 1e-3),
+    "together": (24000, 64, 5e-4),
+}
 
 
-# ---------------------------------------------------------------- all stages
-
-
-def train_stage(task, sd, options, people):
-    """Train what the task says, with all networks of `sd` but that frozen."""
-    for network in (sd.vae, sd.text_encoder, sd.image_encoder, sd.unet):
-        network.requires_grad_(False)
-    task.module.requires_grad_(True)
-    steps, batch, lr = STAGES[task.name]
-    options = replace(options, steps=options.steps or steps, batch=batch, lr=lr)
-    rows = fit(task, RUNS, options, {"people": people, "drawing": drawing.VERSION})
-    start = rows[0]["validation"]
-    end = rows[-1]["validation"]
-    print(f"{task.name}: validation {start:.4f} -> {end:.4f} in {rows[-1]['seconds']:.0f} s")
-
-
-def forget_older_run():
-    """Remove the checkpoints of a finished run: the later ones would be taken for this run's.
-
-    ValueError if there are some of a run that is not finished.
-    """
-    checkpoints = [RUNS / f"{name}.pt" for name in STAGES]
-    found = [path for path in checkpoints if path.exists()]
-    if found and not FINISHED.exists():
-        ways = "go on with --resume, or move that folder away to start anew"
-        raise ValueError(f"{RUNS} holds the checkpoints of a run that is not finished: {ways}")
-    for path in found:
-        path.unlink()
-
-
-def train_base(out, options, people):
-    """All stages on so many people; writes the folder `out` at the end.
+@dataclass
+class Run:
+    """Where stages keep logs and checkpoints, and what all of them depend on.
 
     options: train.Options, of which steps is None (each stage its own) or for all stages, and batch
-    and lr do not count.
+    and lr do not count. settings: what --resume compares. until: the last stage, None: all.
     """
-    device = options.device
-    if not options.resume:
-        forget_older_run()
-    FINISHED.unlink(missing_ok=True)
+
+    folder: Path
+    stages: dict
+    options: Options
+    settings: dict
+    until: str = None
+
+    @property
+    def finished(self):
+        return self.folder / "finished"
+
+    def begin(self):
+        """Remove the checkpoints of a finished run: the later ones would be taken for this run's.
+
+        ValueError if there are some of a run that is not finished. With --resume all stay.
+        """
+        checkpoints = [self.folder / f"{name}.pt" for name in self.stages]
+        found = [path for path in checkpoints if path.exists()]
+        if not self.options.resume:
+            if found and not self.finished.exists():
+                ways = "go on with --resume, or move that folder away to start anew"
+                problem = "holds the checkpoints of a run that is not finished"
+                raise ValueError(f"{self.folder} {problem}: {ways}")
+            for path in found:
+                path.unlink()
+        self.finished.unlink(missing_ok=True)
+
+    def train(self, task, sd):
+        """Train what the task says, with all networks of `sd` but that frozen."""
+        for network in (sd.vae, sd.text_encoder, sd.image_encoder, sd.unet):
+            network.requires_grad_(False)
+        task.module.requires_grad_(True)
+        steps, batch, lr = self.stages[task.name]
+        options = replace(self.options, steps=self.options.steps or steps, batch=batch, lr=lr)
+        rows = fit(task, self.folder, options, self.settings)
+        start = rows[0]["validation"]
+        end = rows[-1]["validation"]
+        seconds = rows[-1]["seconds"]
+        print(f"{task.name}: validation {start:.4f} -> {end:.4f} in {seconds:.0f} s", flush=True)
+
+    def train_average(self, task, sd):
+        """The same for the mean of the weights; the network ends with the best mean."""
+        average = Average(task.module)
+        self.train(average_task(task, average), sd)
+        average.settle()
+
+    def stop_after(self, name):
+        """Whether this stage was the last to train; says how to go on."""
+        if name == self.until:
+            print(f"stopped after {name}; the same command with --resume and without --until goes on")
+        return name == self.until
+
+
+# ---------------------------------------------------------------- toy people
+
+
+def train_base(out, run, people):
+    """All stages on so many toy people; writes the folder `out` at the end."""
+    device = run.options.device
+    precision = run.options.precision
+    run.begin()
     faces = make_faces(people, seed=0)
     held = make_faces(min(people, 100), seed=2)  # validation people, as in data.load_people
     sd = make_tiny_world(write_corpus(faces.labels), device)
-
-    # The VAE, and the unit in which its latents are measured.
-    for name in ("vae", "vae_sharp", "vae_decoder"):
-        train_stage(vae_task(name, sd, faces, held, device), sd, options, people)
-    with autocast(device, options.precision):
-        sd.vae.config["scaling_factor"] = measure_scaling_factor(sd, faces.pixels, device)
+    train_vae(run, sd, faces, held)
 
     # What looks at pictures: the CLIP pair, and the judge of all tables.
-    train_stage(clip_task(sd, faces, held, device), sd, options, people)
+    run.train(clip_task(sd, faces, held, device), sd)
     judge = FeatureNet().to(device)
-    train_stage(feature_net_task(judge, sd, faces, held, device), sd, options, people)
+    run.train(feature_net_task(judge, sd, faces, held, device), sd)
 
     # What makes pictures, from the features of the frozen encoders.
-    with autocast(device, options.precision):
+    with autocast(device, precision):
         features = Features(sd, faces.people)
         held_features = Features(sd, held.people)
-    task = unet_task(sd, features, faces.labels, held_features, device)
-    train_stage(task, sd, options, people)
+
+    def pick_latents(i, generator):
+        return features.z_0[i]
+
+    run.train(unet_task(sd, pick_latents, faces, held_features, device), sd)
     adapter = IPAdapter(sd.unet, features.embeds.shape[-1])
     task = adapter_task("ip_adapter", sd, adapter, features, held_features, device, alone=True)
-    train_stage(task, sd, options, people)
-    save_world(out, sd, judge, adapter)
-    FINISHED.touch()
-
-
-def save_world(out, sd, judge, adapter):
-    """Write the checkpoint, the judge and the adapter, all in float16."""
+    run.train(task, sd)
     with claim(out):
-        sd.save(out)
+        save_world(out, sd, {ADAPTER: adapter})
         judge.save(out / "feature_net")
-        path = out / ADAPTER
+    print(f"wrote {out}")
+    run.finished.touch()
+
+
+def train_vae(run, sd, faces, held):
+    """The VAE, and the unit in which its latents are measured."""
+    device = run.options.device
+    for name in ("vae", "vae_sharp", "vae_decoder"):
+        run.train(vae_task(name, sd, faces, held, device), sd)
+    with autocast(device, run.options.precision):
+        sd.vae.config["scaling_factor"] = measure_scaling_factor(sd, faces.pixels, device)
+
+
+def save_world(out, sd, adapters):
+    """Write the checkpoint and {file in it: adapter}, all in float16."""
+    sd.save(out)
+    for name, adapter in adapters.items():
+        path = out / name
         path.parent.mkdir(exist_ok=True)
         adapter.half().save(path)
+
+
+# ---------------------------------------------------------------- photographs
+
+
+@dataclass
+class Sources:
+    """What photographs are trained from. root: of a folder like LFW; crop: crops.Crop or None.
+
+    face_net: the file of MobileFaceNet, for a second adapter that reads it, and the judge of the
+    first in validation. judge: the file of base_judge.py, the judge of the second. gamma: min-SNR.
+    """
+
+    root: Path
+    crop: object = None
+    face_net: Path = None
+    judge: Path = None
+    gamma: float = 0.0
+
+    def describe(self, faces):
+        """What the results depend on, for --resume."""
+        photos = [(photo.key, photo.prompt) for person in faces.people for photo in person.photos]
+        return {
+            "data": digest_bytes(photos),
+            "crop": self.crop,
+            "image-encoder": self.face_net and digest_file(self.face_net),
+            "min-snr": self.gamma,
+        }
+
+
+def train_photos(out, run, sources):
+    """All stages on the photos of a folder; writes the folder `out` at the end."""
+    device = run.options.device
+    learned, held_out = choose_people(sources.root, SIZE, sources.crop)
+    if sources.face_net:
+        MobileFaceNet(sources.face_net, find_face_box(sources.crop))  # refused now, not after hours
+    run.begin()
+    faces = read_faces(learned)
+    held = read_faces(held_out)
+    run.settings |= sources.describe(faces)
+    print(f"{len(faces.people)} people with {len(faces.pixels)} photos train, {len(held.people)} "
+          f"with {len(held.pixels)} validate", flush=True)
+    sd = make_world(PHOTOS, list_prompts(faces.prompts), device)
+    cut = sources.crop.describe() if sources.crop else {}
+    sd.preprocessor = {**sd.preprocessor, **cut}
+
+    train_vae(run, sd, faces, held)
+    save_round_trips(run.folder / "vae.png", sd, held)
+    if run.stop_after("vae_decoder"):
+        return
+    run.train(identity_task(sd, faces, held, device), sd)
+    if run.stop_after("clip"):
+        return
+    with autocast(device, run.options.precision):
+        latents = encode_both_sides(sd, faces.pixels)
+        held_features = Features(sd, held.people)
+
+    def pick_latents(i, generator):
+        return pick_side(latents, i, generator)
+
+    task = unet_task(sd, pick_latents, faces, held_features, device, sources.gamma)
+    run.train_average(task, sd)
+    save_text_pictures(run.folder / "unet.png", sd, held.prompts)
+    if run.stop_after("unet"):
+        return
+    branches = make_branches(sd, faces, held, held_features, sources, run.options)
+    task = together_task(sd, branches, latents, faces, held, device, run.folder, sources.gamma)
+    run.train_average(task, sd)
+    with claim(out):
+        files = {"clip": ADAPTER, "faces": FACE_ADAPTER}
+        save_world(out, sd, {files[branch.name]: branch.adapter for branch in branches})
     print(f"wrote {out}")
+    run.finished.touch()
+
+
+def make_branches(sd, faces, held, held_features, sources, options):
+    """The adapters of one photo: of our image encoder and, if its file is given, of MobileFaceNet."""
+    device = options.device
+    with autocast(device, options.precision):
+        embeds = embed_both_sides(sd, faces.pixels)
+    adapter = IPAdapter(sd.unet, embeds.shape[-1])
+    if sources.face_net is None:
+        return [Branch("clip", adapter, embeds, held_features)]
+    net = MobileFaceNet(sources.face_net, find_face_box(sources.crop)).to(device)
+    ours = Branch("clip", adapter, embeds, held_features, judge=net)
+    # The same model with the other encoder. In float32: identity is a matter of small differences.
+    other = copy.copy(sd)
+    other.image_encoder = FaceEncoder(net, sd.image_size)
+    other.preprocessor = {**sd.preprocessor, **FaceEncoder.COLOURS}
+    embeds = embed_both_sides(other, faces.pixels)
+    held_embeds = Features(other, held.people)
+    adapter = IPAdapter(sd.unet, embeds.shape[-1])
+    judge = sources.judge and load_face_judge(sources.judge, device=device)
+    return [ours, Branch("faces", adapter, embeds, held_embeds, judge)]
 
 
 # ---------------------------------------------------------------- command line
@@ -136,22 +289,54 @@ def save_world(out, sd, judge, adapter):
 
 def parse_arguments():
     parser = make_parser(__doc__)
+    parser.ranges["min_snr"] = (0, 1000)
     add = parser.add_argument
+    add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--people", type=int, default=4000, help="toy people to draw and train on")
     add("--steps", type=int, help="optimiser steps of every stage (default: each stage's own)")
     add("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
     add("--every", type=int, default=100, help="steps between checkpoints and validations")
     add("--seed", type=int, default=0, help="decides every random number, but not the people")
     add_device_arguments(parser)
-    add("--out", type=Path, default=TINY, help="folder for the checkpoint")
-    add("--resume", action="store_true", help=f"go on from the last checkpoints in {RUNS}")
+    add("--out", type=Path, help="folder for the checkpoint (default: weights/tiny; of photos "
+        "weights/photos)")
+    add("--resume", action="store_true", help=f"go on from the last checkpoints in {RUNS} or "
+        f"{PHOTO_RUNS}")
+    add = parser.add_argument_group("--data FOLDER").add_argument
+    add("--crop", help="the part of a photo to learn, left,top,right,bottom in pixels or fractions "
+        "(default: the centre square)")
+    add("--image-encoder", type=file_path, help="mobilefacenet.pt: train a second adapter that "
+        "reads it; for the first one it judges faces in validation")
+    add("--judge", type=file_path, help="of experiments.base_judge: it judges the second adapter's")
+    add("--min-snr", type=float, default=0.0, help="γ of the min-SNR weights; 0: all steps count alike")
+    add("--until", choices=["vae_decoder", "clip", "unet"], help="stop after this stage")
     return parser.parse_args()
+
+
+def check_arguments(args):
+    of_photos = args.crop or args.image_encoder or args.judge or args.min_snr or args.until
+    if args.data == "toy" and of_photos:
+        flags = "--crop, --image-encoder, --judge, --min-snr and --until"
+        raise ValueError(f"{flags} are for --data FOLDER")
+    if args.data != "toy" and not Path(args.data).is_dir():
+        raise ValueError(f"--data {args.data}: no such folder; give one with a folder a person")
+    if args.judge and not args.image_encoder:
+        raise ValueError("--judge judges the adapter of --image-encoder: name both")
+
+
+def find_frame(root):
+    """(width, height) of the first photo in a folder like LFW. ValueError if there is none."""
+    for folder in sorted(path for path in Path(root).iterdir() if path.is_dir()):
+        for file in picture_files(folder)[:1]:
+            return load_image(file).size
+    raise ValueError(f"{root}: no folder of photos in it")
 
 
 @processes()
 def main():
     args = parse_arguments()
     refuse_torchrun("experiments.base")
+    check_arguments(args)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     options = Options(
@@ -164,9 +349,19 @@ def main():
         resume=args.resume,
     )
     torch.manual_seed(args.seed)
-    check_writable(args.out)
-    with claim(RUNS):
-        train_base(args.out, options, args.people)
+    is_toy = args.data == "toy"
+    out = args.out or (TINY if is_toy else TINY.parent / "photos")
+    if is_toy:
+        check_writable(out)
+        with claim(RUNS):
+            settings = {"people": args.people, "drawing": drawing.VERSION}
+            train_base(out, Run(RUNS, STAGES, options, settings), args.people)
+        return
+    crop = args.crop and parse_crop(args.crop, find_frame(args.data))
+    sources = Sources(Path(args.data), crop, args.image_encoder, args.judge, args.min_snr)
+    check_writable(out)
+    with claim(PHOTO_RUNS):
+        train_photos(out, Run(PHOTO_RUNS, PHOTO_STAGES, options, {}, args.until), sources)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The networks that base.py trains, with random weights, and the tokenizer of their prompts."""
 
 import json
+from dataclasses import dataclass
 
 import torch
 
@@ -42,11 +43,29 @@ def make_tokenizer(captions, window):
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=window)
 
 
-def make_tiny_vae():
-    """Pixels (B, 3, 64, 64) <-> latents (B, 4, 16, 16); 0.9 million numbers."""
+@dataclass
+class Sizes:
+    """How large the networks of a model of 64 × 64 pictures are."""
+
+    vae: list  # channels at 64 × 64, 32 × 32 and 16 × 16 pixels
+    text: int  # width of Γ_τ, so of its tokens and of the embeddings that are compared with them
+    text_heads: int
+    image: int  # width of Γ_i
+    image_layers: int
+    image_heads: int
+    unet: list  # channels at 16 × 16 and, with attention, at 8 × 8
+    unet_heads: int
+
+
+TOYS = Sizes([32, 64, 64], 128, 4, 160, 4, 5, [64, 128], 4)
+PHOTOS = Sizes([32, 64, 96], 160, 5, 160, 5, 5, [80, 160], 5)
+
+
+def make_vae(sizes):
+    """Pixels (B, 3, 64, 64) <-> latents (B, 4, 16, 16); of toys 0.9 million numbers."""
     return AutoencoderKL(
         sample_size=64,
-        block_out_channels=[32, 64, 64],
+        block_out_channels=sizes.vae,
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=16,
@@ -56,18 +75,18 @@ def make_tiny_vae():
     )
 
 
-def make_tiny_text_encoder(tokenizer, window):
-    """Γ_τ: 3 layers of width 128."""
+def make_text_encoder(sizes, tokenizer, window):
+    """Γ_τ: 3 layers."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
+        hidden_size=sizes.text,
+        intermediate_size=4 * sizes.text,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=sizes.text_heads,
         max_position_embeddings=window,
-        projection_dim=128,
+        projection_dim=sizes.text,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -84,55 +103,60 @@ def make_tiny_text_encoder(tokenizer, window):
     return network
 
 
-def make_tiny_image_encoder():
-    """Γ_i: 4 layers of width 160 on 8 × 8 patches of 8 × 8 pixels."""
+def make_image_encoder(sizes):
+    """Γ_i: a ViT on 8 × 8 patches of 8 × 8 pixels."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
         image_size=64,
         patch_size=8,
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        projection_dim=128,
+        hidden_size=sizes.image,
+        intermediate_size=4 * sizes.image,
+        num_hidden_layers=sizes.image_layers,
+        num_attention_heads=sizes.image_heads,
+        projection_dim=sizes.text,
     )
     network = CLIPVisionModelWithProjection(config)
     positions = network.vision_model.embeddings.position_embedding.weight.data
-    positions[1:] = 0.5 * sine_positions(side=8, width=160)  # row 0 is the class token
+    positions[1:] = 0.5 * sine_positions(side=8, width=sizes.image)  # row 0 is the class token
     return network
 
 
-def make_tiny_unet():
-    """ε_θ for latents 4 × 16 × 16, attention at 8 × 8 only; 4 million numbers."""
+def make_unet(sizes):
+    """ε_θ for latents 4 × 16 × 16, attention at 8 × 8 only; of toys 4 million numbers."""
     return UNet(
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=[64, 128],
+        block_out_channels=sizes.unet,
         layers_per_block=1,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        cross_attention_dim=128,
-        attention_head_dim=4,
+        cross_attention_dim=sizes.text,
+        attention_head_dim=sizes.unet_heads,
         norm_num_groups=16,
     )
 
 
-def make_tiny_world(captions, device):
-    """A StableDiffusion of the tiny scale with random weights and a tokenizer for `captions`.
+def make_world(sizes, captions, device):
+    """A StableDiffusion with random weights and a tokenizer for `captions`.
 
     The weights come from PyTorch's global generator, in the order of these lines.
     """
     window = 48
-    vae = make_tiny_vae()
+    vae = make_vae(sizes)
     tokenizer = make_tokenizer(captions, window)
-    text_encoder = make_tiny_text_encoder(tokenizer, window)
-    image_encoder = make_tiny_image_encoder()
-    unet = make_tiny_unet()
+    text_encoder = make_text_encoder(sizes, tokenizer, window)
+    image_encoder = make_image_encoder(sizes)
+    unet = make_unet(sizes)
     for network in (unet, vae, text_encoder, image_encoder):
         network.to(device)
     return StableDiffusion(unet, vae, text_encoder, tokenizer, image_encoder)
+
+
+def make_tiny_world(captions, device):
+    """`make_world` of the size of weights/tiny."""
+    return make_world(TOYS, captions, device)
 
 
 def sine_positions(side, width):

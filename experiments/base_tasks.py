@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from dreambooth import snr
 from experiments.base_data import make_numpy_generator
-from ip_adapter import adapter_loss
+from ip_adapter import adapter_loss, noise_error
 from support.devices import device_of
 from support.pictures import to_bytes, to_tensor
 from toyfaces.captions import write_caption
@@ -41,7 +42,7 @@ def vae_task(name, sd, faces, held, device):
 
     def loss(batch, generator):
         i = torch.randint(len(faces.pixels), (batch,), generator=generator)
-        images = to_tensor(faces.pixels[i]).to(device)
+        images = to_tensor(faces.pick(i, generator)).to(device)
         # Encode, draw from the posterior, decode: in float32 outside of the network.
         posterior = vae.encode(images)
         mean = posterior.mean.float()
@@ -82,10 +83,7 @@ def encode_and_decode(sd, pixels):
 
 
 class ClipPair(nn.Module):
-    """Both encoders of `sd`, and what only their training needs: `head` and `scale`.
-
-    head: every attribute, read off an image embedding. scale: the log of the factor of the cosines.
-    """
+    """Both encoders of `sd`, and `scale`, the log of the factor of their cosines."""
 
     def __init__(self, sd):
         super().__init__()
@@ -95,9 +93,6 @@ class ClipPair(nn.Module):
         for encoder in (self.text, self.vision):
             # Twice as fast as the fused kernel, whose backward pass is slow on CPUs.
             encoder.set_attn_implementation("eager")
-        self.classes = {name: len(words) for name, words in ATTRIBUTES.items()}
-        width = sd.image_encoder.config.projection_dim
-        self.head = nn.Linear(width, sum(self.classes.values()))
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as in CLIP
 
     def embed(self, pixels):
@@ -115,6 +110,16 @@ class ClipPair(nn.Module):
         factor = self.scale.exp().clamp(max=100)
         return embeds @ text.T * factor
 
+
+class AttributePair(ClipPair):
+    """The pair, and a head that reads every attribute off an image embedding: for training only."""
+
+    def __init__(self, sd):
+        super().__init__(sd)
+        self.classes = {name: len(words) for name, words in ATTRIBUTES.items()}
+        width = sd.image_encoder.config.projection_dim
+        self.head = nn.Linear(width, sum(self.classes.values()))
+
     def read_attributes(self, embeds):
         """Embeddings (B, E) -> {attribute: logits (B, K)}."""
         parts = self.head(embeds).split(list(self.classes.values()), dim=1)
@@ -128,14 +133,14 @@ def clip_task(sd, faces, held, device):
     thrown away afterwards, makes 40,000 photos teach shapes too, which the real CLIP has from
     400 million. validation: share of up to 160 photos that pick their own caption.
     """
-    pair = ClipPair(sd).to(device)
+    pair = AttributePair(sd).to(device)
     classes, seen = label_tensors(faces.labels)
 
     def loss(batch, generator):
         # Photos, and a new caption of each.
         i = torch.randint(len(faces.pixels), (batch,), generator=generator)
         rng = make_numpy_generator(generator)
-        captions = [write_caption(faces.labels[k], rng) for k in i.tolist()]
+        captions = [faces.write_caption(k, rng) for k in i.tolist()]
         embeds = pair.embed(faces.pixels[i])
         # Photo k and caption k belong together, whichever of the two is looked for.
         logits = pair.compare(embeds, captions)  # (B, B)
@@ -196,23 +201,43 @@ def feature_net_task(judge, sd, faces, held, device):
     return Task("feature_net", judge, loss, validate)
 
 
-def unet_task(sd, features, labels, held_features, device):
+def min_snr_weights(t, schedule, gamma):
+    """min(SNR, γ)/SNR,   SNR = ᾱ_t/(1−ᾱ_t): steps with little noise count less (Hang et al. 2023).
+
+    t (B,) -> (B,) float32.
+    """
+    ratio = snr(schedule)[t.cpu()]
+    weights = ratio.clamp(max=gamma) / ratio
+    return weights.float().to(t.device)
+
+
+def diffusion_loss(sd, z_0, t, eps, c_t, c_i, gamma=0.0):
+    """Eq. 1, its steps weighted by `min_snr_weights` if γ is not 0: a scalar."""
+    if not gamma:
+        return adapter_loss(sd.unet, z_0, t, eps, c_t, c_i, sd.schedule)
+    error = noise_error(sd.unet, z_0, t, eps, c_t, c_i, sd.schedule)
+    error = error.mean(dim=(1, 2, 3))  # (B,)
+    return (min_snr_weights(t, sd.schedule, gamma) * error).mean()
+
+
+def unet_task(sd, pick_latents, faces, held_features, device, gamma=0.0):
     """Eq. 1 without image tokens: text to image on captions, one in ten of them empty.
 
-    features: of the photos with these labels. validation: eq. 1 on held-out people.
+    pick_latents(i, generator): the latents (B, C, h, w) of the photos i of `faces`. gamma: see
+    min_snr_weights. validation: eq. 1 on held-out people.
     """
 
     def loss(batch, generator):
-        i = torch.randint(len(labels), (batch,), generator=generator)
-        z_0 = features.z_0[i].to(device)
+        i = torch.randint(len(faces.pixels), (batch,), generator=generator)
+        z_0 = pick_latents(i, generator).to(device)
         rng = make_numpy_generator(generator)
         captions = []
         for k in i.tolist():
             is_named = rng.random() > 0.1
-            captions.append(write_caption(labels[k], rng) if is_named else "")
+            captions.append(faces.write_caption(k, rng) if is_named else "")
         c_t = sd.encode_prompts(captions).float()
         t, eps = draw_t_and_eps(sd, z_0, generator)
-        return adapter_loss(sd.unet, z_0, t, eps, c_t, None, sd.schedule)
+        return diffusion_loss(sd, z_0, t, eps, c_t, None, gamma)
 
     def make_no_tokens(embeds):
         return None
