@@ -92,12 +92,13 @@ class ToyFaces:
 class LFW:
     """Labeled Faces in the Wild, Deep Funneled: a folder with one folder of photos a person.
 
-    root: the folder; size: of the pictures, in pixels; min_photos: people with fewer are left out.
+    root: the folder; size: of the pictures, in pixels; min_photos: people with fewer are left out;
+    crop: the part of a photo that counts (support/crops.py), None: all of it.
     Prompts come from `prompts.tsv` (image <TAB> prompt) in root or beside it, else they are "a photo
     of a person". ValueError if there is nothing to use.
     """
 
-    def __init__(self, root, size, min_photos=2):
+    def __init__(self, root, size, min_photos=2, crop=None):
         root = Path(root)
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder; give one with a folder of photos a person")
@@ -112,7 +113,9 @@ class LFW:
                 name = f"{folder.name}/{file.name}"
                 prompt = prompts.get(name, "a photo of a person")
                 key = describe_file(file, size)
-                shots.append(Photo(partial(load_image, file), prompt, name, size, key))
+                if crop:
+                    key = (*key, crop)
+                shots.append(Photo(partial(load_image, file, crop=crop), prompt, name, size, key))
             self.people.append(Person(folder.name, find_noun([shot.prompt for shot in shots]), shots))
         if not self.people:
             few = f"no person with at least {min_photos} photos"
@@ -128,16 +131,16 @@ def split(people, ratio=2 / 3, seed=0):
     return train, test
 
 
-def load_people(source, size, count=800):
+def load_people(source, size, count=800, crop=None):
     """The people to train adapters on and the people to validate them on, nobody in both.
 
     source: "toy" (then `count` of them train), or a folder like LFW. size: of pictures, in pixels.
-    ValueError if nobody is left for validation.
+    crop: of a folder's photos. ValueError if nobody is left for validation.
     """
     if source == "toy":
         train = ToyFaces(count, size=size, seed=1).people
         return train, ToyFaces(min(count, 100), size=size, seed=2).people
-    train, test = split(LFW(source, size).people)
+    train, test = split(LFW(source, size, crop=crop).people)
     if not test:
         alone = "only one person with two photos; at least one more must be held out for validation"
         raise ValueError(f"{source}: {alone}")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ddpm import lookup, q_sample
 from ip_adapter import generate, generate_in_parts
+from support.crops import find_crop
 from support.devices import autocast_dtype, device_of
 from support.distributed import first_alone
 from support.files import digest, digest_bytes, successive_runs
@@ -57,9 +58,11 @@ def encode_files(sd, files, generator, batch=8):
     """
     if sd.image_size >= 512:
         batch = 1
+    crop = find_crop(sd.preprocessor)
     parts = []
     for start in range(0, len(files), batch):
-        images = [load_image(file, sd.image_size) for file in files[start : start + batch]]
+        some = files[start : start + batch]
+        images = [load_image(file, sd.image_size, crop) for file in some]
         parts.append(sd.encode_latents(to_tensor(images), generator).float())
     return torch.cat(parts)
 

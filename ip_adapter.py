@@ -81,6 +81,10 @@ class IPAdapter(nn.Module):
         `unet.parameters()` never contain them (attention.CrossAttention says why).
         """
         unet.requires_grad_(False)
+        self.lend(unet)
+
+    def lend(self, unet):
+        """`attach` that leaves the UNet's weights as they are, trainable or not."""
         for number, attn in text_attentions(unet).items():
             layers = self.ip_adapter[number]
             attn.image_kv = (layers["to_k_ip"], layers["to_v_ip"])

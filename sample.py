@@ -19,24 +19,25 @@ import torch
 from aggregators import AGGREGATORS
 from data import ToyFaces
 from ip_adapter import IPAdapter, generate
-from support.checkpoints import ADAPTER, TINY, Checkpoint, find_beside, find_newest_adapter
+from support.checkpoints import TINY, Checkpoint, find_beside, find_newest_adapter, find_shipped
 from support.command_lines import parse_sampling
+from support.crops import find_crop, open_references
 from support.devices import DTYPE, Stopwatch, is_large, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
 from support.files import check_writable
 from support.finite import check_finite
 from support.lora import load_lora
-from support.pictures import load_image, save_pictures, save_sheet
+from support.pictures import save_pictures, save_sheet
 from support.program import run
 from support.text import one_line
 from unet import StableDiffusion, UNet
 
 
-def find_adapter(model, path):
+def find_adapter(model, path, image_encoder=None):
     """The adapter file to use, or None.
 
     `path` if it is given. Else, for the tiny model, that of the newest run that was trained on the
-    weights which are there now; else the one shipped in the folder `model`.
+    weights which are there now; else the one shipped in the folder `model` for the image encoder.
     """
     if path is not None:
         return path
@@ -45,7 +46,7 @@ def find_adapter(model, path):
         newest = find_newest_adapter(lambda: files.load("unet", lambda config: UNet(**config), "cpu"))
         if newest:
             return newest
-    shipped = Path(model) / ADAPTER
+    shipped = find_shipped(model, image_encoder)
     return shipped if shipped.is_file() else None
 
 
@@ -101,10 +102,10 @@ def choose_image_encoder(args, adapter_file):
     return False
 
 
-def find_references(args, adapter_file, size):
+def find_references(args, adapter_file, size, crop=None):
     """The reference pictures, none for text only, and the prompt: --prompt, or a toy person's scene."""
     if args.refs:
-        return [load_image(path) for path in args.refs], args.prompt
+        return open_references(args.refs, crop), args.prompt
     if not takes_toy_person(args.model, adapter_file, args.lora):
         return [], args.prompt
     references, scene = draw_unseen_person(args.seed, size)
@@ -124,10 +125,11 @@ def main():
     args = parse_sampling(__doc__, list(AGGREGATORS))
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    adapter_file = find_adapter(args.model, args.adapter)
+    adapter_file = find_adapter(args.model, args.adapter, args.image_encoder)
     image_encoder = choose_image_encoder(args, adapter_file)
     sd = load_model(args.model, device, precision, image_encoder, args.lora)
-    references, prompt = find_references(args, adapter_file, sd.image_size)
+    crop = find_crop(sd.preprocessor)
+    references, prompt = find_references(args, adapter_file, sd.image_size, crop)
     check_request(args, references, prompt, adapter_file)
 
     # The conditions: image tokens, the prompt's tokens, and those of "no condition".

@@ -29,8 +29,9 @@ from dreambooth import (DreamBooth, add_lora, encode_files, make_class_images,
                         prior_preservation_loss, save_variations, write_prompts)
 from ip_adapter import (IPAdapter, adapter_loss, draw_t_and_eps, drop_conditions,
                         generate_in_parts, validate_eq1)
-from support.checkpoints import ADAPTER, digest_encoders, find_beside, find_inside
+from support.checkpoints import digest_encoders, find_beside, find_inside, find_shipped
 from support.command_lines import parse_training
+from support.crops import find_crop
 from support.devices import (autocast, device_of, frozen_dtype, is_large, move, peak_memory,
                              pick_device, pick_precision)
 from support.distributed import (agree, begin_alike, first_alone, is_first, my_share, processes,
@@ -200,7 +201,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     """
     device = options.device
     # The model, the adapter to start from, and digests of both for --resume.
-    init = init or Path(model) / ADAPTER
+    init = init or find_shipped(model, image_encoder)
     if not init.is_file():
         hint = f"name one with --init (ip-adapter_sd15.safetensors), or another --model than {model}"
         raise ValueError(f"{init}: no such adapter to start from; {hint}")
@@ -209,7 +210,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     options = options.complete("adapter", sd.unet)
     encoders = digest_encoders(sd)
     base = f"{digest(sd.unet)} {encoders} {digest_file(init)}"
-    learned, held_out = load_people(data, sd.image_size, people)
+    learned, held_out = load_people(data, sd.image_size, people, find_crop(sd.preprocessor))
     shots = [photo for person in learned + held_out for photo in person.photos]
     photos = digest_bytes([(shot.key, shot.prompt) for shot in shots])
     vae = sd.vae

@@ -1,56 +1,62 @@
-"""weights/tiny from scratch: a checkpoint of the tiny world, its adapter and its judge.
+"""Weights from scratch: a checkpoint, its adapter, and for toy people their judge.
 
-    python -m experiments.base --people 4000       two hours on two CPU cores
+    python -m experiments.base --people 4000       weights/tiny: two hours on two CPU cores
+    python -m experiments.base --data path/to/lfw-deepfunneled --crop 58,48,198,188 \
+        --out weights/photos                       of photographs: a night on two CPU cores
 
-Seven trainings (STAGES), one after another, each with the loop of train.py. When one runs, all that
-the others trained is frozen:
+Trainings (TOY_STAGES, PHOTO_STAGES), one after another, each with the loop of train.py. When one
+runs, all that the others trained is frozen:
 
     vae            pictures 64 × 64 <-> latents 4 × 16 × 16
     vae_sharp      the same with smaller batches: more steps in the same time
     vae_decoder    its decoder alone: the latents stay as they are
-    clip           the CLIP pair: photos and captions
-    feature_net    FeatureNet, the judge (toyfaces/judge.py)
+    clip           the CLIP pair: photos and captions; of photographs also who it is
+    feature_net    toys: FeatureNet, the judge (toyfaces/judge.py)
     unet           text to image: eq. 1 without image tokens
-    ip_adapter     eq. 1, every photo its own and only reference, as the original IP-Adapter
+    ip_adapter     toys: eq. 1, every photo its own and only reference, as the original IP-Adapter
+    together       photographs: eq. 1 for UNet and adapter, another photo of the person as reference
 
-Logs and checkpoints go to runs/base. --out is written at the end, all at once: until then a
-checkpoint that is there stays whole.
+Logs, checkpoints and pictures go to runs/base, of photographs to runs/base_photos. --out is written
+at the end, all at once: until then a checkpoint that is there stays whole.
 """
 
-import json
-import math
-from dataclasses import replace
-from functools import cache
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
 
-from data import Features, ToyFaces
-from ip_adapter import IPAdapter, adapter_loss
-from support.checkpoints import ADAPTER, TINY
+from data import Features
+from experiments.base_average import Average, average_task
+from experiments.base_data import (choose_people, embed_both_sides, encode_both_sides, list_prompts,
+                                   make_faces, pick_side, read_faces, write_corpus)
+from experiments.base_identity import identity_task
+from experiments.base_networks import PHOTOS, make_tiny_world, make_world
+from experiments.base_pictures import save_round_trips, save_text_pictures
+from experiments.base_tasks import (clip_task, feature_net_task, measure_scaling_factor, unet_task,
+                                    vae_task)
+from experiments.base_together import Branch, together_task
+from ip_adapter import IPAdapter
+from support.checkpoints import ADAPTER, FACE_ADAPTER, TINY
 from support.claim import claim
-from support.devices import autocast, device_of, pick_device, pick_precision
+from support.crops import parse_crop
+from support.devices import autocast, pick_device, pick_precision
 from support.distributed import processes, refuse_torchrun
-from support.files import check_writable, load_or_compute
-from support.pictures import open_photos, to_bytes, to_tensor
-from support.program import add_device_arguments, make_parser, run
+from support.face_net import FaceEncoder, MobileFaceNet, find_face_box
+from support.files import check_writable, digest_bytes, digest_file
+from support.judges import load_face_judge
+from support.pictures import load_image, picture_files
+from support.program import add_device_arguments, file_path, make_parser, run
 from toyfaces import drawing
-from toyfaces.captions import write_caption
-from toyfaces.drawing import ATTRIBUTES
-from toyfaces.judge import FeatureNet, augment, label_tensors, masked_cross_entropy, share_right
-from train import Options, Task, adapter_task, draw_t_and_eps, fit, fixed_validation
-from unet import AutoencoderKL, Posterior, StableDiffusion, UNet
+from toyfaces.judge import FeatureNet
+from train import Options, adapter_task, fit
 
 RUNS = Path("runs/base")  # logs and checkpoints of the stages
 FINISHED = RUNS / "finished"  # is there when the results of these checkpoints are written
-VERSION = 1  # of the pixels in the cache: raised by hand when this code gives other ones
+PHOTO_RUNS = Path("runs/base_photos")
+SIZE = 64  # pixels
 
-STAGES = {  # name: steps, batch, peak learning rate
+STAGES = {  # of toy people; name: steps, batch, peak learning rate
     "vae": (1500, 32, 2e-3),
     "vae_sharp": (3000, 16, 1e-3),
     "vae_decoder": (800, 16, 5e-4),
@@ -59,475 +65,223 @@ STAGES = {  # name: steps, batch, peak learning rate
     "unet": (3400, 64, 1e-3),
     "ip_adapter": (900, 64, 1e-3),
 }
-
-
-# ---------------------------------------------------------------- people
-
-
-class Faces(NamedTuple):
-    """Toy people, and all their photos in one row."""
-
-    people: list
-    pixels: torch.Tensor  # (n, 3, 64, 64), uint8
-    labels: list  # n dictionaries {attribute: class number}
-
-
-def make_faces(count, seed):
-    """`count` people of ToyFaces with ten photos each."""
-    people = ToyFaces(count, seed=seed).people
-    photos = [photo for person in people for photo in person.photos]
-    labels = [photo.labels for photo in photos]
-    return Faces(people, make_pixels(photos), labels)
-
-
-def make_pixels(photos):
-    """The pixels of n drawn photos, drawn once and kept on disk: (n, 3, S, S), uint8."""
-
-    def draw():
-        pixels = [pixels for pixels, _ in open_photos(photos)]
-        return {"x": torch.from_numpy(np.stack(pixels))}
-
-    data = [photo.key for photo in photos]
-    return load_or_compute(draw, "pixels", VERSION, data)["x"]
-
-
-def make_numpy_generator(generator):
-    """A NumPy generator for captions, seeded by a torch.Generator."""
-    seed = torch.randint(2**31, (1,), generator=generator).item()
-    return np.random.default_rng(seed)
-
-
-# ---------------------------------------------------------------- networks with random weights
-
-
-def write_corpus(labels):
-    """What the tokenizer is made from: captions, and words of prompts that no caption has."""
-    rng = np.random.default_rng(0)
-    captions = [write_caption(one, rng) for one in labels[:5000]]
-    words = "man woman sks serious sad contemptuous disgusted frightened"
-    return captions + [words] * 100
-
-
-def make_tokenizer(captions, window):
-    """A CLIP tokenizer (byte-level BPE, lower case) that is made from `captions`.
-
-    window: the most tokens of a prompt. The same captions give the same tokenizer.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel  # here: transformers takes seconds to import
-    from tokenizers.trainers import BpeTrainer
-    from transformers import CLIPTokenizer
-
-    # Find the pairs of pieces that stand together most often: these are the merges. Of two pairs
-    # that are equally frequent the trainer takes the one with the smaller numbers, but it numbers
-    # last letters ("n</w>") in the random order of a hash table. Named as special tokens they keep
-    # the order given here, and the same captions always give the same tokenizer. (The order is
-    # backwards because that gives the tokenizer of weights/tiny.)
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    letters = sorted(ByteLevel.alphabet())
-    last_letters = [letter + "</w>" for letter in letters]
-    trainer = BpeTrainer(
-        vocab_size=2000,
-        special_tokens=special + letters + last_letters[::-1],
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    backend = CLIPTokenizer().backend_tokenizer
-    backend.train_from_iterator(captions, trainer)
-    content = json.loads(backend.to_str())
-    merges = [tuple(pair) for pair in content["model"]["merges"]]
-
-    # Number the tokens in the order of OpenAI's file.
-    merged = ["".join(pair) for pair in merges]
-    tokens = letters + last_letters + merged + special
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=window)
-
-
-def make_tiny_vae():
-    """Pixels (B, 3, 64, 64) <-> latents (B, 4, 16, 16); 0.9 million numbers."""
-    return AutoencoderKL(
-        sample_size=64,
-        block_out_channels=[32, 64, 64],
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=16,
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        mid_block_add_attention=False,
-    )
-
-
-def make_tiny_text_encoder(tokenizer, window):
-    """Γ_τ: 3 layers of width 128."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=window,
-        projection_dim=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    network = CLIPTextModel(config)
-    # Both embeddings start as N(0, 0.02²). That is so little that the layers would drown a word of
-    # which no caption teaches anything, such as DreamBooth's sks. If its embedding is large, and
-    # larger than that of its position, the word stays itself.
-    for name, weight in network.named_parameters():
-        if "token_embedding" in name:
-            weight.data *= 15
-        elif "position_embedding" in name:
-            weight.data *= 5
-    return network
-
-
-def make_tiny_image_encoder():
-    """Γ_i: 4 layers of width 160 on 8 × 8 patches of 8 × 8 pixels."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config = CLIPVisionConfig(
-        image_size=64,
-        patch_size=8,
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        projection_dim=128,
-    )
-    network = CLIPVisionModelWithProjection(config)
-    positions = network.vision_model.embeddings.position_embedding.weight.data
-    positions[1:] = 0.5 * sine_positions(side=8, width=160)  # row 0 is the class token
-    return network
-
-
-def make_tiny_unet():
-    """ε_θ for latents 4 × 16 × 16, attention at 8 × 8 only; 4 million numbers."""
-    return UNet(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=[64, 128],
-        layers_per_block=1,
-        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
-def make_tiny_world(captions, device):
-    """A StableDiffusion of the tiny scale with random weights and a tokenizer for `captions`.
-
-    The weights come from PyTorch's global generator, in the order of these lines.
-    """
-    window = 48
-    vae = make_tiny_vae()
-    tokenizer = make_tokenizer(captions, window)
-    text_encoder = make_tiny_text_encoder(tokenizer, window)
-    image_encoder = make_tiny_image_encoder()
-    unet = make_tiny_unet()
-    for network in (unet, vae, text_encoder, image_encoder):
-        network.to(device)
-    return StableDiffusion(unet, vae, text_encoder, tokenizer, image_encoder)
-
-
-def sine_positions(side, width):
-    """Sines and cosines of row and column: a ViT knows from the start where its patches are.
-
-    Returns (side², width), the patches row by row.
-    """
-    frequencies = 100 ** (-torch.arange(0, 1, 4 / width))  # (width/4,), from 1 down to 1/100
-    angles = torch.arange(side)[:, None] * frequencies  # (side, width/4)
-    one = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width/2)
-    rows = one.repeat_interleave(side, dim=0)  # (side², width/2): 0 0 0 … 1 1 1 …
-    columns = one.repeat(side, 1)  # (side², width/2): 0 1 2 … 0 1 2 …
-    return torch.cat([rows, columns], dim=1)
-
-
-# ---------------------------------------------------------------- the VAE
-
-
-def edge_loss(a, b):
-    """L1 between the differences of neighbouring pixels of a and b (B, 3, H, W): a scalar."""
-    across = F.l1_loss(a.diff(dim=3), b.diff(dim=3))
-    down = F.l1_loss(a.diff(dim=2), b.diff(dim=2))
-    return across + down
-
-
-def vae_task(name, sd, faces, held, device):
-    """L1 on pixels and on edges, which identity is made of, and a little KL.
-
-    name: of the stage; "vae_decoder" trains the decoder alone. validation: PSNR in dB.
-    """
-    vae = sd.vae
-    module = vae
-    if name == "vae_decoder":
-        module = nn.ModuleList([vae.post_quant_conv, vae.decoder])
-
-    def loss(batch, generator):
-        i = torch.randint(len(faces.pixels), (batch,), generator=generator)
-        images = to_tensor(faces.pixels[i]).to(device)
-        # Encode, draw from the posterior, decode: in float32 outside of the network.
-        posterior = vae.encode(images)
-        mean = posterior.mean.float()
-        logvar = posterior.logvar.float()
-        z = Posterior(mean, logvar).sample(generator)
-        decoded = vae.decode(z).float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(decoded, images) + edge_loss(decoded, images) + 1e-4 * kl
-
-    def validate():
-        images = to_tensor(held.pixels[:256]).to(device)
-        decoded = [vae.decode(vae.encode(part).mean) for part in images.split(64)]
-        decoded = torch.cat(decoded).float().clamp(-1, 1)
-        error = F.mse_loss(decoded, images).item()
-        return {"validation": 10 * math.log10(4 / error)}  # pixels span 2, and 2² = 4
-
-    return Task(name, module, loss, validate)
-
-
-@torch.inference_mode()
-def measure_scaling_factor(sd, pixels, device):
-    """1/σ of the latents of up to 1,024 photos: what makes them as large as the noise."""
-    latents = []
-    for part in pixels[:1024].split(64):
-        posterior = sd.vae.encode(to_tensor(part).to(device))
-        latents.append(posterior.mean.float())
-    return round(1 / torch.cat(latents).std().item(), 5)
-
-
-def encode_and_decode(sd, pixels):
-    """Photos (B, 3, H, W) -> their round trips through the VAE, the same shape; both uint8."""
-    images = to_tensor(pixels).to(device_of(sd.vae))
-    z = sd.encode_latents(images)
-    return to_bytes(sd.decode_latents(z))
-
-
-# ---------------------------------------------------------------- the CLIP pair
-
-
-class ClipPair(nn.Module):
-    """Both encoders of `sd`, and what only their training needs: `head` and `scale`.
-
-    head: every attribute, read off an image embedding. scale: the log of the factor of the cosines.
-    """
-
-    def __init__(self, sd):
-        super().__init__()
-        self.sd = sd
-        self.text = sd.text_encoder
-        self.vision = sd.image_encoder
-        for encoder in (self.text, self.vision):
-            # Twice as fast as the fused kernel, whose backward pass is slow on CPUs.
-            encoder.set_attn_implementation("eager")
-        self.classes = {name: len(words) for name, words in ATTRIBUTES.items()}
-        width = sd.image_encoder.config.projection_dim
-        self.head = nn.Linear(width, sum(self.classes.values()))
-        self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as in CLIP
-
-    def embed(self, pixels):
-        """Photos (B, 3, 64, 64), uint8 -> embeddings (B, E)."""
-        images = to_tensor(pixels).to(self.scale.device)
-        return self.vision(self.sd.clip_pixels(images)).image_embeds
-
-    def compare(self, embeds, captions):
-        """Embeddings (B, E) and n captions -> their cosines times a learned factor: (B, n)."""
-        settings = dict(padding=True, truncation=True, return_tensors="pt")
-        ids = self.sd.tokenizer(captions, **settings).input_ids  # (n, L)
-        text = self.text(ids.to(self.scale.device)).pooler_output  # (n, E)
-        text = F.normalize(text.float(), dim=1)
-        embeds = F.normalize(embeds.float(), dim=1)
-        factor = self.scale.exp().clamp(max=100)
-        return embeds @ text.T * factor
-
-    def read_attributes(self, embeds):
-        """Embeddings (B, E) -> {attribute: logits (B, K)}."""
-        parts = self.head(embeds).split(list(self.classes.values()), dim=1)
-        return dict(zip(self.classes, parts))
-
-
-def clip_task(sd, faces, held, device):
-    """CLIP between photos and captions, and every attribute read off the image embedding.
-
-    Colours alone tell most captions of a batch apart. The second term, by a linear head that is
-    thrown away afterwards, makes 40,000 photos teach shapes too, which the real CLIP has from
-    400 million. validation: share of up to 160 photos that pick their own caption.
-    """
-    pair = ClipPair(sd).to(device)
-    classes, seen = label_tensors(faces.labels)
-
-    def loss(batch, generator):
-        # Photos, and a new caption of each.
-        i = torch.randint(len(faces.pixels), (batch,), generator=generator)
-        rng = make_numpy_generator(generator)
-        captions = [write_caption(faces.labels[k], rng) for k in i.tolist()]
-        embeds = pair.embed(faces.pixels[i])
-        # Photo k and caption k belong together, whichever of the two is looked for.
-        logits = pair.compare(embeds, captions)  # (B, B)
-        target = torch.arange(batch, device=device)
-        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        # All attributes together.
-        answers = pair.read_attributes(embeds)
-        error = masked_cross_entropy(answers, classes[i].to(device), seen[i].to(device))
-        return contrastive + len(ATTRIBUTES) * error
-
-    def validate():
-        rng = np.random.default_rng(0)
-        captions = [write_caption(one, rng, traits=5) for one in held.labels[:160]]
-        logits = pair.compare(pair.embed(held.pixels[:160]), captions)
-        picked = logits.argmax(dim=1).cpu()
-        own = torch.arange(len(picked))
-        return {"validation": (picked == own).float().mean().item()}
-
-    return Task("clip", pair, loss, validate)
-
-
-# ---------------------------------------------------------------- the judge and the UNet
-
-
-def feature_net_task(judge, sd, faces, held, device):
-    """Cross-entropy of every attribute that can be seen, on photos and on their VAE round trips.
-
-    Both are shifted, blurred and noisy (`augment`): a judge must not depend on what only a real
-    photo has. validation: share of right answers.
-    """
-    classes, seen = label_tensors(faces.labels)
-    held_classes, held_seen = label_tensors(held.labels)
-
-    @cache
-    def make_round_trips():
-        """Of the first 6,000 photos, when first asked for: a stage that is finished needs none."""
-        parts = tqdm(faces.pixels[:6000].split(64), "round trips", leave=False)
-        return torch.cat([encode_and_decode(sd, part) for part in parts])
-
-    def loss(batch, generator):
-        i = torch.randint(len(faces.pixels), (batch,), generator=generator)
-        # Every second picture is a round trip. Only the first photos have one: round trip k is that
-        # of photo k, so larger numbers start again from 0, and the labels are those of photo k.
-        round_trips = make_round_trips()
-        k = i[::2] % len(round_trips)
-        i[::2] = k
-        pixels = faces.pixels[i]
-        pixels[::2] = round_trips[k]
-        images = to_tensor(pixels).to(device)
-        answers = judge(augment(images, generator))
-        return masked_cross_entropy(answers, classes[i].to(device), seen[i].to(device))
-
-    def validate():
-        answers = judge(to_tensor(held.pixels).to(device))
-        shares = share_right(answers, held_classes, held_seen)  # (A,)
-        return {"validation": shares.mean().item()}
-
-    return Task("feature_net", judge, loss, validate)
-
-
-def unet_task(sd, features, labels, held_features, device):
-    """Eq. 1 without image tokens: text to image on captions, one in ten of them empty.
-
-    features: of the photos with these labels. validation: eq. 1 on held-out people.
-    """
-
-    def loss(batch, generator):
-        i = torch.randint(len(labels), (batch,), generator=generator)
-        z_0 = features.z_0[i].to(device)
-        rng = make_numpy_generator(generator)
-        captions = []
-        for k in i.tolist():
-            is_named = rng.random() > 0.1
-            captions.append(write_caption(labels[k], rng) if is_named else "")
-        c_t = sd.encode_prompts(captions).float()
-        t, eps = draw_t_and_eps(sd, z_0, generator)
-        return adapter_loss(sd.unet, z_0, t, eps, c_t, None, sd.schedule)
-
-    def make_no_tokens(embeds):
-        return None
-
-    validate = fixed_validation(sd, held_features, make_no_tokens, device)
-    return Task("unet", sd.unet, loss, validate)
-
-
-# ---------------------------------------------------------------- all stages
-
-
-def train_stage(task, sd, options, people):
-    """Train what the task says, with all networks of `sd` but that frozen."""
-    for network in (sd.vae, sd.text_encoder, sd.image_encoder, sd.unet):
-        network.requires_grad_(False)
-    task.module.requires_grad_(True)
-    steps, batch, lr = STAGES[task.name]
-    options = replace(options, steps=options.steps or steps, batch=batch, lr=lr)
-    rows = fit(task, RUNS, options, {"people": people, "drawing": drawing.VERSION})
-    start = rows[0]["validation"]
-    end = rows[-1]["validation"]
-    print(f"{task.name}: validation {start:.4f} -> {end:.4f} in {rows[-1]['seconds']:.0f} s")
-
-
-def forget_older_run():
-    """Remove the checkpoints of a finished run: the later ones would be taken for this run's.
-
-    ValueError if there are some of a run that is not finished.
-    """
-    checkpoints = [RUNS / f"{name}.pt" for name in STAGES]
-    found = [path for path in checkpoints if path.exists()]
-    if found and not FINISHED.exists():
-        ways = "go on with --resume, or move that folder away to start anew"
-        raise ValueError(f"{RUNS} holds the checkpoints of a run that is not finished: {ways}")
-    for path in found:
-        path.unlink()
-
-
-def train_base(out, options, people):
-    """All stages on so many people; writes the folder `out` at the end.
+PHOTO_STAGES = {
+    "vae": (2000, 32, 2e-3),
+    "vae_sharp": (6000, 16, 1e-3),
+    "vae_decoder": (1500, 16, 5e-4),
+    "clip": (6000, 128, 1e-3),
+    "unet": (12000, 64, 1e-3),
+    "together": (24000, 64, 5e-4),
+}
+
+
+@dataclass
+class Run:
+    """Where stages keep logs and checkpoints, and what all of them depend on.
 
     options: train.Options, of which steps is None (each stage its own) or for all stages, and batch
-    and lr do not count.
+    and lr do not count. settings: what --resume compares. until: the last stage, None: all.
     """
-    device = options.device
-    if not options.resume:
-        forget_older_run()
-    FINISHED.unlink(missing_ok=True)
+
+    folder: Path
+    stages: dict
+    options: Options
+    settings: dict
+    until: str = None
+
+    @property
+    def finished(self):
+        return self.folder / "finished"
+
+    def begin(self):
+        """Remove the checkpoints of a finished run: the later ones would be taken for this run's.
+
+        ValueError if there are some of a run that is not finished. With --resume all stay.
+        """
+        checkpoints = [self.folder / f"{name}.pt" for name in self.stages]
+        found = [path for path in checkpoints if path.exists()]
+        if not self.options.resume:
+            if found and not self.finished.exists():
+                ways = "go on with --resume, or move that folder away to start anew"
+                problem = "holds the checkpoints of a run that is not finished"
+                raise ValueError(f"{self.folder} {problem}: {ways}")
+            for path in found:
+                path.unlink()
+        self.finished.unlink(missing_ok=True)
+
+    def train(self, task, sd):
+        """Train what the task says, with all networks of `sd` but that frozen."""
+        for network in (sd.vae, sd.text_encoder, sd.image_encoder, sd.unet):
+            network.requires_grad_(False)
+        task.module.requires_grad_(True)
+        steps, batch, lr = self.stages[task.name]
+        options = replace(self.options, steps=self.options.steps or steps, batch=batch, lr=lr)
+        rows = fit(task, self.folder, options, self.settings)
+        start = rows[0]["validation"]
+        end = rows[-1]["validation"]
+        seconds = rows[-1]["seconds"]
+        print(f"{task.name}: validation {start:.4f} -> {end:.4f} in {seconds:.0f} s", flush=True)
+
+    def train_average(self, task, sd):
+        """The same for the mean of the weights; the network ends with the best mean."""
+        average = Average(task.module)
+        self.train(average_task(task, average), sd)
+        average.settle()
+
+    def stop_after(self, name):
+        """Whether this stage was the last to train; says how to go on."""
+        if name == self.until:
+            print(f"stopped after {name}; the same command with --resume and without --until goes on")
+        return name == self.until
+
+
+# ---------------------------------------------------------------- toy people
+
+
+def train_base(out, run, people):
+    """All stages on so many toy people; writes the folder `out` at the end."""
+    device = run.options.device
+    precision = run.options.precision
+    run.begin()
     faces = make_faces(people, seed=0)
     held = make_faces(min(people, 100), seed=2)  # validation people, as in data.load_people
     sd = make_tiny_world(write_corpus(faces.labels), device)
-
-    # The VAE, and the unit in which its latents are measured.
-    for name in ("vae", "vae_sharp", "vae_decoder"):
-        train_stage(vae_task(name, sd, faces, held, device), sd, options, people)
-    with autocast(device, options.precision):
-        sd.vae.config["scaling_factor"] = measure_scaling_factor(sd, faces.pixels, device)
+    train_vae(run, sd, faces, held)
 
     # What looks at pictures: the CLIP pair, and the judge of all tables.
-    train_stage(clip_task(sd, faces, held, device), sd, options, people)
+    run.train(clip_task(sd, faces, held, device), sd)
     judge = FeatureNet().to(device)
-    train_stage(feature_net_task(judge, sd, faces, held, device), sd, options, people)
+    run.train(feature_net_task(judge, sd, faces, held, device), sd)
 
     # What makes pictures, from the features of the frozen encoders.
-    with autocast(device, options.precision):
+    with autocast(device, precision):
         features = Features(sd, faces.people)
         held_features = Features(sd, held.people)
-    task = unet_task(sd, features, faces.labels, held_features, device)
-    train_stage(task, sd, options, people)
+
+    def pick_latents(i, generator):
+        return features.z_0[i]
+
+    run.train(unet_task(sd, pick_latents, faces, held_features, device), sd)
     adapter = IPAdapter(sd.unet, features.embeds.shape[-1])
     task = adapter_task("ip_adapter", sd, adapter, features, held_features, device, alone=True)
-    train_stage(task, sd, options, people)
-    save_world(out, sd, judge, adapter)
-    FINISHED.touch()
-
-
-def save_world(out, sd, judge, adapter):
-    """Write the checkpoint, the judge and the adapter, all in float16."""
+    run.train(task, sd)
     with claim(out):
-        sd.save(out)
+        save_world(out, sd, {ADAPTER: adapter})
         judge.save(out / "feature_net")
-        path = out / ADAPTER
+    print(f"wrote {out}")
+    run.finished.touch()
+
+
+def train_vae(run, sd, faces, held):
+    """The VAE, and the unit in which its latents are measured."""
+    device = run.options.device
+    for name in ("vae", "vae_sharp", "vae_decoder"):
+        run.train(vae_task(name, sd, faces, held, device), sd)
+    with autocast(device, run.options.precision):
+        sd.vae.config["scaling_factor"] = measure_scaling_factor(sd, faces.pixels, device)
+
+
+def save_world(out, sd, adapters):
+    """Write the checkpoint and {file in it: adapter}, all in float16."""
+    sd.save(out)
+    for name, adapter in adapters.items():
+        path = out / name
         path.parent.mkdir(exist_ok=True)
         adapter.half().save(path)
+
+
+# ---------------------------------------------------------------- photographs
+
+
+@dataclass
+class Sources:
+    """What photographs are trained from. root: of a folder like LFW; crop: crops.Crop or None.
+
+    face_net: the file of MobileFaceNet, for a second adapter that reads it, and the judge of the
+    first in validation. judge: the file of base_judge.py, the judge of the second. gamma: min-SNR.
+    """
+
+    root: Path
+    crop: object = None
+    face_net: Path = None
+    judge: Path = None
+    gamma: float = 0.0
+
+    def describe(self, faces):
+        """What the results depend on, for --resume."""
+        photos = [(photo.key, photo.prompt) for person in faces.people for photo in person.photos]
+        return {
+            "data": digest_bytes(photos),
+            "crop": self.crop,
+            "image-encoder": self.face_net and digest_file(self.face_net),
+            "min-snr": self.gamma,
+        }
+
+
+def train_photos(out, run, sources):
+    """All stages on the photos of a folder; writes the folder `out` at the end."""
+    device = run.options.device
+    learned, held_out = choose_people(sources.root, SIZE, sources.crop)
+    if sources.face_net:
+        MobileFaceNet(sources.face_net, find_face_box(sources.crop))  # refused now, not after hours
+    run.begin()
+    faces = read_faces(learned)
+    held = read_faces(held_out)
+    run.settings |= sources.describe(faces)
+    print(f"{len(faces.people)} people with {len(faces.pixels)} photos train, {len(held.people)} "
+          f"with {len(held.pixels)} validate", flush=True)
+    sd = make_world(PHOTOS, list_prompts(faces.prompts), device)
+    cut = sources.crop.describe() if sources.crop else {}
+    sd.preprocessor = {**sd.preprocessor, **cut}
+
+    train_vae(run, sd, faces, held)
+    save_round_trips(run.folder / "vae.png", sd, held)
+    if run.stop_after("vae_decoder"):
+        return
+    run.train(identity_task(sd, faces, held, device), sd)
+    if run.stop_after("clip"):
+        return
+    with autocast(device, run.options.precision):
+        latents = encode_both_sides(sd, faces.pixels)
+        held_features = Features(sd, held.people)
+
+    def pick_latents(i, generator):
+        return pick_side(latents, i, generator)
+
+    task = unet_task(sd, pick_latents, faces, held_features, device, sources.gamma)
+    run.train_average(task, sd)
+    save_text_pictures(run.folder / "unet.png", sd, held.prompts)
+    if run.stop_after("unet"):
+        return
+    branches = make_branches(sd, faces, held, held_features, sources, run.options)
+    task = together_task(sd, branches, latents, faces, held, device, run.folder, sources.gamma)
+    run.train_average(task, sd)
+    with claim(out):
+        files = {"clip": ADAPTER, "faces": FACE_ADAPTER}
+        save_world(out, sd, {files[branch.name]: branch.adapter for branch in branches})
     print(f"wrote {out}")
+    run.finished.touch()
+
+
+def make_branches(sd, faces, held, held_features, sources, options):
+    """The adapters of one photo: of our image encoder and, if its file is given, of MobileFaceNet."""
+    device = options.device
+    with autocast(device, options.precision):
+        embeds = embed_both_sides(sd, faces.pixels)
+    adapter = IPAdapter(sd.unet, embeds.shape[-1])
+    if sources.face_net is None:
+        return [Branch("clip", adapter, embeds, held_features)]
+    net = MobileFaceNet(sources.face_net, find_face_box(sources.crop)).to(device)
+    ours = Branch("clip", adapter, embeds, held_features, judge=net)
+    # The same model with the other encoder. In float32: identity is a matter of small differences.
+    other = copy.copy(sd)
+    other.image_encoder = FaceEncoder(net, sd.image_size)
+    other.preprocessor = {**sd.preprocessor, **FaceEncoder.COLOURS}
+    embeds = embed_both_sides(other, faces.pixels)
+    held_embeds = Features(other, held.people)
+    adapter = IPAdapter(sd.unet, embeds.shape[-1])
+    judge = sources.judge and load_face_judge(sources.judge, device=device)
+    return [ours, Branch("faces", adapter, embeds, held_embeds, judge)]
 
 
 # ---------------------------------------------------------------- command line
@@ -535,22 +289,54 @@ def save_world(out, sd, judge, adapter):
 
 def parse_arguments():
     parser = make_parser(__doc__)
+    parser.ranges["min_snr"] = (0, 1000)
     add = parser.add_argument
+    add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--people", type=int, default=4000, help="toy people to draw and train on")
     add("--steps", type=int, help="optimiser steps of every stage (default: each stage's own)")
     add("--accumulate", type=int, default=1, help="batches added up before each optimiser step")
     add("--every", type=int, default=100, help="steps between checkpoints and validations")
     add("--seed", type=int, default=0, help="decides every random number, but not the people")
     add_device_arguments(parser)
-    add("--out", type=Path, default=TINY, help="folder for the checkpoint")
-    add("--resume", action="store_true", help=f"go on from the last checkpoints in {RUNS}")
+    add("--out", type=Path, help="folder for the checkpoint (default: weights/tiny; of photos "
+        "weights/photos)")
+    add("--resume", action="store_true", help=f"go on from the last checkpoints in {RUNS} or "
+        f"{PHOTO_RUNS}")
+    add = parser.add_argument_group("--data FOLDER").add_argument
+    add("--crop", help="the part of a photo to learn, left,top,right,bottom in pixels or fractions "
+        "(default: the centre square)")
+    add("--image-encoder", type=file_path, help="mobilefacenet.pt: train a second adapter that "
+        "reads it; for the first one it judges faces in validation")
+    add("--judge", type=file_path, help="of experiments.base_judge: it judges the second adapter's")
+    add("--min-snr", type=float, default=0.0, help="γ of the min-SNR weights; 0: all steps count alike")
+    add("--until", choices=["vae_decoder", "clip", "unet"], help="stop after this stage")
     return parser.parse_args()
+
+
+def check_arguments(args):
+    of_photos = args.crop or args.image_encoder or args.judge or args.min_snr or args.until
+    if args.data == "toy" and of_photos:
+        flags = "--crop, --image-encoder, --judge, --min-snr and --until"
+        raise ValueError(f"{flags} are for --data FOLDER")
+    if args.data != "toy" and not Path(args.data).is_dir():
+        raise ValueError(f"--data {args.data}: no such folder; give one with a folder a person")
+    if args.judge and not args.image_encoder:
+        raise ValueError("--judge judges the adapter of --image-encoder: name both")
+
+
+def find_frame(root):
+    """(width, height) of the first photo in a folder like LFW. ValueError if there is none."""
+    for folder in sorted(path for path in Path(root).iterdir() if path.is_dir()):
+        for file in picture_files(folder)[:1]:
+            return load_image(file).size
+    raise ValueError(f"{root}: no folder of photos in it")
 
 
 @processes()
 def main():
     args = parse_arguments()
     refuse_torchrun("experiments.base")
+    check_arguments(args)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     options = Options(
@@ -563,9 +349,19 @@ def main():
         resume=args.resume,
     )
     torch.manual_seed(args.seed)
-    check_writable(args.out)
-    with claim(RUNS):
-        train_base(args.out, options, args.people)
+    is_toy = args.data == "toy"
+    out = args.out or (TINY if is_toy else TINY.parent / "photos")
+    if is_toy:
+        check_writable(out)
+        with claim(RUNS):
+            settings = {"people": args.people, "drawing": drawing.VERSION}
+            train_base(out, Run(RUNS, STAGES, options, settings), args.people)
+        return
+    crop = args.crop and parse_crop(args.crop, find_frame(args.data))
+    sources = Sources(Path(args.data), crop, args.image_encoder, args.judge, args.min_snr)
+    check_writable(out)
+    with claim(PHOTO_RUNS):
+        train_photos(out, Run(PHOTO_RUNS, PHOTO_STAGES, options, {}, args.until), sources)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import math
 import numpy as np
 import torch
 
-from experiments.base import encode_and_decode, make_faces
+from experiments.base_data import make_faces
+from experiments.base_tasks import encode_and_decode
 from experiments.makers import make_pictures
 from experiments.plan import Settings
 from support.checkpoints import TINY

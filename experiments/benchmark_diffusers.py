@@ -136,7 +136,7 @@ def write_checkpoint(folder, config, tiny):
     from transformers import CLIPTextConfig, CLIPTextModel  # here: they take seconds to import
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from experiments.base import make_tokenizer
+    from experiments.base_networks import make_tokenizer
 
     # Settings: those of Stable Diffusion 1.5 and of IP-Adapter, some made smaller for --tiny.
     small_clip = SMALL_CLIP if tiny else {}

@@ -9,7 +9,7 @@ import torch
 
 from data import ToyFaces
 from dreambooth import DreamBooth, encode_files, make_class_images, write_prompts
-from experiments.base import make_pixels
+from experiments.base_data import make_pixels
 from experiments.figures_common import name_row, new_sheet, save_small, show
 from ip_adapter import generate
 from metrics import bootstrap_ci, fid, kernel_distance

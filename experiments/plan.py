@@ -22,6 +22,7 @@ import torch
 from data import LFW, Person, ToyFaces, split
 from dreambooth import DreamBooth
 from support.checkpoints import digest_encoders
+from support.crops import find_crop
 from support.files import digest, digest_bytes, digest_file, read_json, write_json
 
 VERSION = 3  # of the pictures: raised by hand when this or any other code makes other ones
@@ -221,18 +222,18 @@ def find_differences(found, wanted):
 
 def make_plan(out, settings, sd, source):
     """The plan of people from `source` for a model, without methods. ValueError: too few people."""
-    subjects = choose_subjects(source, sd.image_size, settings)
+    subjects = choose_subjects(source, sd.image_size, settings, find_crop(sd.preprocessor))
     model = f"{digest(sd.unet, sd.vae)} {digest_encoders(sd)}"
     return Plan(out, settings, subjects, model)
 
 
-def choose_subjects(source, size, settings):
+def choose_subjects(source, size, settings, crop=None):
     """People that nothing was trained on.
 
     source: "toy": of ToyFaces' seed 2, after the hundred of validation. A folder like LFW: of the
     held-out third (data.split), those with more than nine photos; the hundred that train.py
     validates on come last, so that they are taken only if there are no others. For
-    settings.validation it is the hundred, and nobody else.
+    settings.validation it is the hundred, and nobody else. crop: of a folder's photos.
     """
     if source == "toy":
         photos = REFERENCES + 2 * settings.n
@@ -242,7 +243,7 @@ def choose_subjects(source, size, settings):
             raise ValueError(f"--people {settings.people}: there are {VALIDATION} for validation")
         people = ToyFaces(last, photos, size, seed=2).people[first:]
         return [Subject.choose(person, settings) for person in people]
-    _, held_out = split(LFW(source, size).people)
+    _, held_out = split(LFW(source, size, crop=crop).people)
     known = held_out[:VALIDATION]
     held_out = known if settings.validation else held_out[VALIDATION:] + known
     people = [person for person in held_out if len(person.photos) > REFERENCES]

@@ -23,11 +23,11 @@ from experiments.makers import Maker
 from experiments.photos import load_for_pictures, read_pictures
 from experiments.plan import Method, Settings, make_plan
 from experiments.scores import Table
-from support.checkpoints import ADAPTER, TINY, find_beside
+from support.checkpoints import TINY, find_beside, find_shipped
 from support.claim import claim
 from support.devices import pick_device, pick_precision
 from support.distributed import first_alone, is_first, processes
-from support.judges import load_face_judge, load_judge
+from support.judges import load_face_judge, load_judge, name_face_box
 from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
 from support.program import device_name, file_path, make_parser, run
@@ -150,7 +150,8 @@ def add_exam_arguments(parser):
     add = parser.add_argument_group("another model, other people, other judges").add_argument
     add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
         "weights/tiny)")
-    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
+    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model; or the "
+        "file of a face recogniser, mobilefacenet.pt")
     add("--adapter", type=file_path, help="adapter of one photo (default: the one in --model)")
     add("--selfattn", type=file_path, nargs="+", default=[], help="adapter that train.py trained "
         "from it, the paper's method; several: trained with other seeds")
@@ -158,9 +159,10 @@ def add_exam_arguments(parser):
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth, or toy: "
         "FeatureNet (default: toy for toy people, else from torch.hub)")
-    add("--faces", metavar="FILE", help="mobilefacenet.pt of foamliu/MobileFaceNet")
+    add("--faces", metavar="FILE", help="mobilefacenet.pt of foamliu/MobileFaceNet, or the judge of "
+        "experiments.base_judge, for adapters that read MobileFaceNet")
     add("--face-box", help="with --faces: deep-funneled, whole, or left,top,right,bottom in "
-        "fractions of the photo's centre square (default: deep-funneled)")
+        "fractions of the photo's centre square (default: deep-funneled, as --model cuts photos)")
 
 
 def make_settings(args, validation=False):
@@ -192,7 +194,7 @@ def load_judges(args, device):
         quality = "toy"
     faces = None
     if args.faces:
-        faces = load_face_judge(args.faces, args.face_box or "deep-funneled", device)
+        faces = load_face_judge(args.faces, args.face_box or name_face_box(args.model), device)
     return load_judge(quality, device=device), faces
 
 
@@ -202,7 +204,7 @@ def find_files(args, device, names):
     The toy world's are found in --runs, or trained, with --trainings seeds; for other models and
     people they are given.
     """
-    single = args.adapter or Path(args.model) / ADAPTER
+    single = args.adapter or find_shipped(args.model, args.image_encoder)
     if not single.is_file():
         hint = "name one with --adapter (ip-adapter_sd15.safetensors)"
         raise ValueError(f"{single}: no such adapter; {hint}")

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from support.configs import (CLIP_COLOURS, SINGLE_FILE, check_fit, clip_config, naming,
-                             read_settings)
+from support.configs import (CLIP_COLOURS, SINGLE_FILE, UNET_DEFAULTS, VAE_DEFAULTS, check_fit,
+                             clip_config, naming, read_settings)
+from support.crops import read_crop
 from support.files import digest, find_reason, save_tensors, write_json
 from support.tensor_names import our_name
 from support.text import first_line, one_line, tokenize
@@ -22,6 +23,7 @@ from support.weights import check_dtypes, check_tensor, read_pickle, read_safete
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"  # the model that ships with this code
 ADAPTER = "ip_adapter/ip-adapter_tiny.safetensors"  # in its folder
+FACE_ADAPTER = "ip_adapter/ip-adapter_mobilefacenet.safetensors"  # for the embeddings of faces
 
 # ---------------------------------------------------------------- files
 
@@ -148,6 +150,15 @@ def find_inside(checkpoint):
     return (folder / "config.json").is_file() and folder
 
 
+def find_shipped(model, image_encoder=None):
+    """Where the adapter of one photo is in a model's folder: the one that reads this encoder.
+
+    image_encoder: --image-encoder; a file is a face recogniser.
+    """
+    is_face_net = image_encoder and Path(image_encoder).is_file()
+    return Path(model) / (FACE_ADAPTER if is_face_net else ADAPTER)
+
+
 def find_beside(adapter):
     """The folder of an adapter file if it holds the image encoder too, as h94/IP-Adapter's `models`."""
     folder = Path(adapter).parent
@@ -245,11 +256,17 @@ class Checkpoint:
     def load_image_encoder(self, given, device):
         """The image encoder and the content of its preprocessor_config.json; None if there is none.
 
-        given: see find_image_encoder; False: none is wanted.
+        given: see find_image_encoder, or the file of a face recogniser (face_net.FaceEncoder);
+        False: none is wanted. The crop of the checkpoint's pictures stays whatever the encoder is.
         """
+        crop = read_crop(self.root)
+        cut = crop.describe() if crop else {}
+        if given and Path(given).is_file():
+            encoder = self.load_face_encoder(given, crop).to(device, self.dtype)
+            return encoder, {**encoder.COLOURS, **cut}
         folder = given is not False and find_image_encoder(self.path, given, self.dtype)
         if not folder:
-            return None, CLIP_COLOURS
+            return None, {**CLIP_COLOURS, **cut}
         config = read_settings(folder / "config.json", "image_encoder")
         name = "preprocessor_config.json"
         colours = CLIP_COLOURS
@@ -257,7 +274,17 @@ class Checkpoint:
             if path.is_file():
                 colours = read_settings(path, "preprocessor")
         network = load_network(make_image_encoder, config, folder, "", device, self.dtype)
-        return network, colours
+        return network, {**colours, **cut}
+
+    def load_face_encoder(self, file, crop):
+        """The face recogniser in a file as the image encoder of this checkpoint's pictures."""
+        from support.face_net import FaceEncoder, MobileFaceNet, find_face_box  # takes seconds
+
+        unet = {**UNET_DEFAULTS, **self.settings("unet")}
+        vae = {**VAE_DEFAULTS, **self.settings("vae")}
+        halvings = len(vae["block_out_channels"]) - 1
+        net = MobileFaceNet(file, find_face_box(crop))
+        return FaceEncoder(net, unet["sample_size"] * 2**halvings)
 
     def load_tokenizer(self):
         """FileNotFoundError if there is no vocabulary: transformers would make up an empty one."""

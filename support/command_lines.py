@@ -15,7 +15,8 @@ def parse_training(text, aggregators):
     add("--agg", choices=aggregators, default="selfattn", help="aggregator of references")
     add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
         "weights/tiny)")
-    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
+    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model; or the "
+        "file of a face recogniser, mobilefacenet.pt")
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
     add("--people", type=int, default=800, help="toy people to draw and train on")
     add("--strangers", type=float, default=0.0, metavar="P", help="beyond the paper: the probability "
@@ -67,7 +68,8 @@ def parse_sampling(text, aggregators):
     add = parser.add_argument
     add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
         "weights/tiny)")
-    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model")
+    add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model; or the "
+        "file of a face recogniser, mobilefacenet.pt")
     add("--adapter", type=file_path, help="adapter file (default: the newest in runs/, or the shipped)")
     add("--refs", type=file_path, nargs="+", help="photos of one person (default: a toy person)")
     add("--agg", choices=aggregators, help="use the adapter with another aggregator")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from support.crops import find_crop
 from support.files import read_json
 from support.text import first_line, one_line
 
@@ -307,7 +308,7 @@ def clip_config(config):
 
 
 def check_preprocessor(config):
-    """ValueError unless the colours' mean and standard deviation are three usable numbers each."""
+    """ValueError unless the colours' mean and deviation are three usable numbers each, a crop one."""
     for key in ("image_mean", "image_std"):
         values = config[key]
         if not isinstance(values, list) or len(values) != 3:
@@ -315,6 +316,7 @@ def check_preprocessor(config):
             raise ValueError(f"{key} = {found}: it must be a list of three numbers")
         for value in values:
             check_number(key, value)
+    find_crop(config)
 
 
 # ---------------------------------------------------------------- the scheduler

@@ -8,6 +8,8 @@ such as LFW Deep Funneled, one fixed box of the frame does it.
 A box is (left, top, right, bottom) in fractions of the frame.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +18,7 @@ from torchvision.ops import Conv2dNormActivation
 
 SIZE = 112
 WHOLE = (0, 0, 1, 1)
+FRAME = (250, 250)  # pixels of Deep Funneled photos
 DEEP_FUNNELED = (60.8 / 250, 51.08 / 250, 195.2 / 250, 185.48 / 250)
 BOXES = {"whole": WHOLE, "deep-funneled": DEEP_FUNNELED}
 
@@ -48,6 +51,37 @@ def parse_box(text):
     box = (left, top, right, bottom)
     check_box(box)
     return box
+
+
+def map_box(box, crop):
+    """The box of a frame, in fractions of a crop of this frame. Both are boxes of the frame.
+
+    For pictures that show only the part `crop` of what the data set's photos show. ValueError if
+    the crop cuts off a part of the box: what is missing cannot be guessed.
+    """
+    check_box(crop)
+    width = crop[2] - crop[0]
+    height = crop[3] - crop[1]
+    left = (box[0] - crop[0]) / width
+    top = (box[1] - crop[1]) / height
+    right = (box[2] - crop[0]) / width
+    bottom = (box[3] - crop[1]) / height
+    if min(left, top) < -1e-6 or max(right, bottom) > 1 + 1e-6:
+        shown = ", ".join(f"{value:.3g}" for value in crop)
+        raise ValueError(f"the pictures show {shown} of a photo and cut off a part of the face")
+    return max(left, 0), max(top, 0), min(right, 1), min(bottom, 1)
+
+
+def find_face_box(crop):
+    """Where the face lies in pictures that `crop` (crops.Crop, or None: whole photos) cuts.
+
+    Of Deep Funneled photos it is known. Of others the crop itself is taken to be the face.
+    """
+    if crop is None:
+        return DEEP_FUNNELED
+    if crop.frame != FRAME:
+        return WHOLE
+    return map_box(DEEP_FUNNELED, crop.fractions)
 
 
 def bicubic_weights(pixels, start, end, size=SIZE):
@@ -161,3 +195,23 @@ class MobileFaceNet(nn.Module):
     def read(self, images):
         """Faces (B, 3, 112, 112) -> features (B, 128), face plus mirror image; no p(y|x)."""
         return self(images) + self(images.flip(3)), None
+
+
+class FaceEncoder(nn.Module):
+    """A judge of faces as the image encoder Γ_i of a model whose pictures are `size` pixels large.
+
+    Its interface is that of the CLIP encoders of transformers: `config`, and an answer that has
+    `image_embeds`. It reads colours from −1 to 1 (COLOURS).
+    """
+
+    COLOURS = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)  # of the preprocessor
+
+    def __init__(self, net, size):
+        super().__init__()
+        self.net = net
+        self.config = SimpleNamespace(image_size=size, projection_dim=net.bn.num_features)
+
+    def forward(self, pixels):
+        """Pictures (B, 3, H, W) in [−1, 1] -> .image_embeds (B, 128): face plus mirror image."""
+        embeds, _ = self.net.read(self.net.resize(pixels))
+        return SimpleNamespace(image_embeds=embeds)

@@ -5,10 +5,15 @@
 | `InceptionV3` | any photographs | FID, KID, IS | 1008 of ImageNet |
 | `FeatureNet` | drawn people | FID, KID, IS; shares of right attributes | hair style × colour |
 | `MobileFaceNet` | faces in photographs | identity, rank-1, copying, distance of faces | none |
+| `FaceJudge` | faces, cut as a model's photos | the same, of adapters that read MobileFaceNet | none |
 """
 
+from pathlib import Path
+
 from support.checkpoints import TINY
-from support.face_net import MobileFaceNet, parse_box
+from support.crops import read_crop
+from support.face_judge import FaceJudge
+from support.face_net import MobileFaceNet, find_face_box, parse_box
 from support.inception import InceptionV3, find_weights
 from toyfaces.judge import FeatureNet
 
@@ -29,6 +34,18 @@ def load_judge(weights=None, resize="pytorch-fid", device="cpu"):
 def load_face_judge(weights, box=None, device="cpu"):
     """The judge of faces. ValueError for a file or a box that is none.
 
-    weights: mobilefacenet.pt; box: words for `parse_box`, None: the whole picture.
+    weights: mobilefacenet.pt; box: words for `parse_box`, None: the whole picture. Or the file of
+    experiments.base_judge, which reads pictures as a whole.
     """
+    if Path(weights).suffix == ".safetensors":
+        return FaceJudge.load(weights).to(device)
     return MobileFaceNet(weights, parse_box(box or "whole")).to(device)
+
+
+def name_face_box(model):
+    """Where the face lies in the pictures of a model, in words for `parse_box`.
+
+    Without a crop they show whole photos, and these are taken to be Deep Funneled's.
+    """
+    box = find_face_box(read_crop(model))
+    return ",".join(map(str, box))

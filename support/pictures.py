@@ -51,10 +51,11 @@ def require_file(path):
         raise ValueError(f"{path}: not a readable picture (no such file)")
 
 
-def load_image(path, size=None):
+def load_image(path, size=None, crop=None):
     """Any picture file as an upright RGB image; `size`: its centre square, scaled to that side.
 
-    Transparent pictures are laid on white. ValueError names a file that cannot be read.
+    crop: a crops.Crop, cut out first. Transparent pictures are laid on white. ValueError names a
+    file that cannot be read.
     """
     require_file(path)
     try:
@@ -62,6 +63,8 @@ def load_image(path, size=None):
             image = to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # each format's reader fails in its own ways
         raise ValueError(f"{path}: not a readable picture ({first_line(error)})") from error
+    if crop:
+        image = crop.cut(image)
     return crop_square(image, size) if size else image
 
 

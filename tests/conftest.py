@@ -6,7 +6,7 @@ import torch
 
 import train
 from data import ToyFaces
-from experiments.base import make_tiny_world
+from experiments.base_networks import make_tiny_world
 from ip_adapter import IPAdapter
 from support import devices
 from support.checkpoints import ADAPTER

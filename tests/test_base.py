@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import ToyFaces, load_people
-from experiments import base
+from experiments import base, base_data
 from ip_adapter import IPAdapter
 from support.checkpoints import ADAPTER
 from support.pictures import to_images, to_tensor
@@ -30,7 +30,7 @@ def test_base_builds_a_folder_that_everything_opens(workdir, monkeypatch):
     assert sum(file.stat().st_size for file in folder.rglob("*")) < 20e6
 
     photos = [photo for person in ToyFaces(2, seed=0).people for photo in person.photos]
-    z = sd.encode_latents(to_tensor(base.make_pixels(photos)))
+    z = sd.encode_latents(to_tensor(base_data.make_pixels(photos)))
     assert z.std().item() == pytest.approx(1, abs=0.05)
     ids = sd.tokenizer("a photo of a sks person").input_ids
     assert sd.tokenizer.convert_ids_to_tokens(ids)[5] == "sks</w>" and len(ids) == 8
@@ -55,7 +55,7 @@ def test_base_forgets_the_stages_of_a_finished_run_unless_it_resumes(words, fini
     def stop(*_):
         raise Stop
 
-    monkeypatch.setattr(base, "make_pixels", stop)
+    monkeypatch.setattr(base_data, "make_pixels", stop)
     files = touch_checkpoints(finished)
     with pytest.raises(Stop):
         program(monkeypatch, "--people", 2, *words)
@@ -93,7 +93,7 @@ def test_base_trains_on_nobody_of_the_adapters_and_validates_on_people_held_out(
         if len(populations) == 2:
             raise Stop
 
-    monkeypatch.setattr(base, "make_pixels", make_pixels)
+    monkeypatch.setattr(base_data, "make_pixels", make_pixels)
     with pytest.raises(Stop):
         program(monkeypatch, "--people", 5)
     train, held = load_people("toy", 64, 5)
@@ -104,7 +104,7 @@ def test_base_trains_on_nobody_of_the_adapters_and_validates_on_people_held_out(
 def test_pixels_are_the_photos_in_order(workdir):
     people = ToyFaces(2, photos=3).people
     photos = [photo for person in people for photo in person.photos]
-    x = base.make_pixels(photos)
+    x = base_data.make_pixels(photos)
     assert x.shape == (6, 3, 64, 64)
     for k in range(6):
         assert to_images(to_tensor(x[k : k + 1]))[0].tobytes() == photos[k].image.tobytes()

@@ -182,7 +182,7 @@ def test_photo_folders_that_are_no_use_are_named(tmp_path):
         picture_files(tmp_path)
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.jpg: not a readable picture"):
-        dreambooth.encode_files(SimpleNamespace(image_size=8), picture_files(tmp_path), None)
+        dreambooth.encode_files(SimpleNamespace(image_size=8, preprocessor={}), picture_files(tmp_path), None)
 
 
 def test_latents_are_those_of_the_photos_one_by_one(tiny_model, photos):

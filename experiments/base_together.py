@@ -1,0 +1,148 @@
+"""The UNet learns to look at image tokens: it trains together with its adapters of one photo.
+
+    L = ‖ε − ε_θ(c_τ, c_i, t, z_t)‖²                                      (1)
+
+The reference is another photo of the same person, if there is one, else the photo itself. Each
+adapter reads the embeddings of another image encoder; the batch is shared out between them. After
+this stage the UNet is frozen for good, as the paper has it.
+
+A frozen UNet that learned from prompts alone never used its cross-attention for who somebody is, and
+W'k and W'v could not teach it that in a few minutes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from experiments.base_data import pick_side
+from experiments.base_tasks import diffusion_loss
+from ip_adapter import IPAdapter, drop_conditions, generate
+from metrics import compare_people, rank_one
+from support.pictures import save_grid, to_tensor
+from train import Task, draw_t_and_eps, fixed_validation
+
+
+@dataclass
+class Branch:
+    """An adapter and all that belongs to its image encoder.
+
+    embeds (2, n, E): of the training photos and their mirror images. held: data.Features of the
+    validation people. judge: of faces, another network than the encoder, or None.
+    """
+
+    name: str
+    adapter: IPAdapter
+    embeds: torch.Tensor
+    held: object
+    judge: nn.Module = None
+
+
+def make_module(unet, branches):
+    """What trains: the UNet and all adapters."""
+    adapters = {branch.name: branch.adapter for branch in branches}
+    return nn.ModuleDict({"unet": unet, **adapters})
+
+
+def together_task(sd, branches, latents, faces, held, device, out, gamma=0.0):
+    """Eq. 1 for the UNet and its adapters. latents (2, n, C, h, w): of `faces` (PhotoFaces).
+
+    validation: eq. 1 on `held` (PhotoFaces of the validation people); identity, rank-1: see
+    measure_identity. Pictures of them: out/together-<branch>.png.
+    """
+    prompts = sorted(set(faces.prompts))
+    number = {prompt: k for k, prompt in enumerate(prompts)}
+    which = torch.tensor([number[prompt] for prompt in faces.prompts])  # (n,)
+    c_all = sd.encode_prompts(prompts).float()  # (u, L, D)
+    null_c_t = sd.encode_prompts([""]).float()
+
+    def loss(batch, generator):
+        target = torch.randint(len(faces.pixels), (batch,), generator=generator)
+        reference = faces.draw_partners(target, generator)
+        total = 0
+        for branch, rows in zip(branches, torch.arange(batch).chunk(len(branches))):
+            branch.adapter.lend(sd.unet)
+            z_0 = pick_side(latents, target[rows], generator).to(device)
+            embeds = pick_side(branch.embeds, reference[rows], generator).to(device)  # (b, E)
+            c_t = c_all[which[target[rows]].to(device)]
+            c_t, embeds = drop_conditions(c_t, embeds[:, None], null_c_t, 0.05, generator)
+            t, eps = draw_t_and_eps(sd, z_0, generator)
+            c_i = branch.adapter.tokens(embeds)
+            error = diffusion_loss(sd, z_0, t, eps, c_t, c_i, gamma)
+            total = total + error * len(rows) / batch
+        return total
+
+    def validate():
+        values = {}
+        for branch in branches:
+            branch.adapter.lend(sd.unet)
+            found = validate_branch(sd, branch, held, device, out)
+            if branch is branches[0]:
+                values |= found
+            else:
+                values |= {f"{branch.name} {name}": value for name, value in found.items()}
+        return values
+
+    return Task("together", make_module(sd.unet, branches), loss, validate)
+
+
+def validate_branch(sd, branch, held, device, out):
+    """Eq. 1 and identity of one adapter, whose layers the UNet has."""
+    tokens = branch.adapter.tokens
+    n = branch.adapter.aggregator.photos
+    found = fixed_validation(sd, branch.held, tokens, device, n=n)()
+    made, chosen = make_portraits(sd, branch, held, device)
+    save_portraits(out / f"together-{branch.name}.png", made, chosen, held)
+    if branch.judge:
+        found |= measure_identity(branch.judge, made, chosen, held)
+    return found
+
+
+# ---------------------------------------------------------------- pictures of validation people
+
+
+def choose_portraits(held, people=24):
+    """(P, 2): for each of the first validation people the reference and the photo of the prompt."""
+    counts = torch.bincount(held.who)
+    starts = counts.cumsum(0) - counts
+    fit = (counts > 1).nonzero().flatten()[:people]
+    return torch.stack([starts[fit], starts[fit] + 1], dim=1)
+
+
+def make_portraits(sd, branch, held, device, w=2.0, steps=12):
+    """A picture of each of them from one reference: (P, 3, 64, 64), and `choose_portraits`.
+
+    Always from the same noise.
+    """
+    chosen = choose_portraits(held)
+    references = branch.held.embeds[chosen[:, 0]].to(device)[:, None]  # (P, 1, E)
+    c_i = branch.adapter.tokens(references)
+    null_c_i = branch.adapter.tokens(torch.zeros_like(references[:1]))
+    prompts = [held.prompts[k] for k in chosen[:, 1].tolist()]
+    c_t = sd.encode_prompts([*prompts, ""]).float()
+    made = generate(sd, c_t[:-1], c_t[-1:], c_i, null_c_i, w, steps=steps)
+    return made.float(), chosen
+
+
+def measure_identity(judge, made, chosen, held):
+    """identity: mean cosine to the person's other photos than the reference; rank-1: nearest of all."""
+    device = next(judge.parameters()).device
+    features = judge.read(judge.resize(made.to(device)))[0].float().cpu()
+    real = []
+    for reference in chosen[:, 0].tolist():
+        others = (held.who == held.who[reference]).nonzero().flatten()[1:]
+        images = to_tensor(held.pixels[others]).to(device)
+        real.append(judge.read(judge.resize(images))[0].float().cpu())
+    cosines = compare_people(list(features.split(1)), real)  # P times (1, P)
+    own = [rows[0, p] for p, rows in enumerate(cosines)]
+    right = torch.cat(rank_one(cosines))
+    return {"identity": float(torch.stack(own).mean()), "rank-1": float(right.mean())}
+
+
+def save_portraits(path: Path, made, chosen, held, people=12):
+    """Rows: references, pictures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    references = to_tensor(held.pixels[chosen[:people, 0]])
+    rows = [list(references), list(made[:people].cpu())]
+    save_grid(path, rows, captions=["reference", "generated"], side=96)
