@@ -212,9 +212,10 @@ class Table:
 
     def share_distances(self, folders):
         """Measure the FIDs of the folders of methods, shared out among the processes of torchrun."""
-        for folder in folders[rank() :: world_size()]:
-            self.read_folder(folder).measure_draws()
-        barrier()
+        if world_size() > 1:
+            for folder in folders[rank() :: world_size()]:
+                self.read_folder(folder).measure_draws()
+            barrier()
 
     def read_folder(self, folder):
         """The Pictures that a method made."""

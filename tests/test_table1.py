@@ -779,17 +779,17 @@ def test_table_of_several_trainings_has_every_method_at_its_own_w_and_at_the_com
     monkeypatch.setattr(makers, "make_pictures", make_pictures)
     guidance = {name: 1.5 + k for k, name in enumerate(chosen.GUIDANCE)}
     monkeypatch.setattr(chosen, "GUIDANCE", guidance)
-    monkeypatch.setattr(chosen, "COMMON", guidance["max-trained"])
+    monkeypatch.setattr(chosen, "COMMON", guidance["concat-trained"])
     words = SIZE[:SIZE.index("--guidance")]
     code, _, line = command(table1, *words, "--batch", "8", "--trainings", "2", "--no-dreambooth")
     assert code == 0, line
-    of_max = [weights["max", 0], weights["max", 1]]
-    made = [weight for w, weight in asked if w == guidance["max-trained"]]
-    assert len(made) == 15 and len(asked) == 15 + 15 - 2  # the two of max-trained are shared
-    assert [weight for weight in made if weight in of_max] == of_max
-    for stem, ws in (("table", guidance), ("table-common", dict.fromkeys(guidance, guidance["max-trained"]))):
+    of_concat = [weights["concat", 0], weights["concat", 1]]
+    made = [weight for w, weight in asked if w == guidance["concat-trained"]]
+    assert len(made) == 15 and len(asked) == 15 + 15 - 2  # the two of concat-trained are shared
+    assert [weight for weight in made if weight in of_concat] == of_concat
+    for stem, ws in (("table", guidance), ("table-common", dict.fromkeys(guidance, guidance["concat-trained"]))):
         rows = read_table(exam_folder, stem)[1]["rows"]
-        assert rows["Max, fine-tuned"]["w"] == f"{ws['max-trained']:g}"
+        assert rows["Concat, fine-tuned"]["w"] == f"{ws['concat-trained']:g}"
         assert rows[BEST]["w"] == f"{ws['selfattn']:g}" and rows["text only"]["w"] == f"{ws['text-only']:g}"
         assert rows[BEST]["trainings"] == 2 and rows[BEST]["N"] == 2 * PICTURES
         assert rows["IP-Adapter"]["trainings"] == 1 and rows["IP-Adapter"]["N"] == PICTURES
