@@ -45,7 +45,7 @@ from support.distributed import processes, refuse_torchrun
 from support.face_net import FaceEncoder, MobileFaceNet, find_face_box
 from support.files import check_writable, digest_bytes, digest_file
 from support.judges import load_face_judge
-from support.pictures import load_image, picture_files
+from support.pictures import find_frame
 from support.program import add_device_arguments, file_path, make_parser, run
 from toyfaces import drawing
 from toyfaces.judge import FeatureNet
@@ -322,14 +322,6 @@ def check_arguments(args):
         raise ValueError(f"--data {args.data}: no such folder; give one with a folder a person")
     if args.judge and not args.image_encoder:
         raise ValueError("--judge judges the adapter of --image-encoder: name both")
-
-
-def find_frame(root):
-    """(width, height) of the first photo in a folder like LFW. ValueError if there is none."""
-    for folder in sorted(path for path in Path(root).iterdir() if path.is_dir()):
-        for file in picture_files(folder)[:1]:
-            return load_image(file).size
-    raise ValueError(f"{root}: no folder of photos in it")
 
 
 @processes()

@@ -454,7 +454,7 @@ def test_people_of_a_folder_are_held_out_and_asked_for_their_own_scenes(people_f
 
 def test_people_that_validation_does_not_see_come_first(monkeypatch):
     crowd = [plan.Person(str(k), "man", [None] * 10) for k in range(309)]
-    monkeypatch.setattr(plan, "LFW", lambda source, size: SimpleNamespace(people=crowd))
+    monkeypatch.setattr(plan, "LFW", lambda source, size, crop: SimpleNamespace(people=crowd))
     chosen = plan.choose_subjects("folder", 64, plan.Settings(torch.device("cpu"), "fp32", people=5))
     _, held_out = plan.split(crowd)
     assert len(held_out) == 103
