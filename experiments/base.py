@@ -45,7 +45,7 @@ from support.distributed import processes, refuse_torchrun
 from support.face_net import FaceEncoder, MobileFaceNet, find_face_box
 from support.files import check_writable, digest_bytes, digest_file
 from support.judges import load_face_judge
-from support.pictures import load_image, picture_files
+from support.pictures import find_frame
 from support.program import add_device_arguments, file_path, make_parser, run
 from toyfaces import drawing
 from toyfaces.judge import FeatureNet
@@ -70,8 +70,8 @@ PHOTO_STAGES = {
     "vae_sharp": (6000, 16, 1e-3),
     "vae_decoder": (1500, 16, 5e-4),
     "clip": (6000, 128, 1e-3),
-    "unet": (12000, 64, 1e-3),
-    "together": (24000, 64, 5e-4),
+    "unet": (8000, 64, 1e-3),
+    "together": (20000, 64, 5e-4),
 }
 
 
@@ -207,6 +207,13 @@ class Sources:
     judge: Path = None
     gamma: float = 0.0
 
+    def check(self):
+        """ValueError for files that are none: now, not after hours."""
+        if self.face_net:
+            MobileFaceNet(self.face_net, find_face_box(self.crop))
+        if self.judge:
+            load_face_judge(self.judge)
+
     def describe(self, faces):
         """What the results depend on, for --resume."""
         photos = [(photo.key, photo.prompt) for person in faces.people for photo in person.photos]
@@ -222,18 +229,16 @@ def train_photos(out, run, sources):
     """All stages on the photos of a folder; writes the folder `out` at the end."""
     device = run.options.device
     learned, held_out = choose_people(sources.root, SIZE, sources.crop)
-    if sources.face_net:
-        MobileFaceNet(sources.face_net, find_face_box(sources.crop))  # refused now, not after hours
+    sources.check()
     run.begin()
     faces = read_faces(learned)
     held = read_faces(held_out)
     run.settings |= sources.describe(faces)
-    print(f"{len(faces.people)} people with {len(faces.pixels)} photos train, {len(held.people)} "
-          f"with {len(held.pixels)} validate", flush=True)
-    sd = make_world(PHOTOS, list_prompts(faces.prompts), device)
-    cut = sources.crop.describe() if sources.crop else {}
-    sd.preprocessor = {**sd.preprocessor, **cut}
+    for word, some in (("train", faces), ("validate", held)):
+        print(f"{len(some.people)} people with {len(some.pixels)} photos {word}", flush=True)
+    sd = make_photo_world(faces, sources.crop, device)
 
+    # Every stage leaves pictures to look at in the run's folder.
     train_vae(run, sd, faces, held)
     save_round_trips(run.folder / "vae.png", sd, held)
     if run.stop_after("vae_decoder"):
@@ -261,6 +266,14 @@ def train_photos(out, run, sources):
         save_world(out, sd, {files[branch.name]: branch.adapter for branch in branches})
     print(f"wrote {out}")
     run.finished.touch()
+
+
+def make_photo_world(faces, crop, device):
+    """A StableDiffusion of the size of weights/photos with random weights, which knows its crop."""
+    sd = make_world(PHOTOS, list_prompts(faces.prompts), device)
+    cut = crop.describe() if crop else {}
+    sd.preprocessor = {**sd.preprocessor, **cut}
+    return sd
 
 
 def make_branches(sd, faces, held, held_features, sources, options):
@@ -322,14 +335,6 @@ def check_arguments(args):
         raise ValueError(f"--data {args.data}: no such folder; give one with a folder a person")
     if args.judge and not args.image_encoder:
         raise ValueError("--judge judges the adapter of --image-encoder: name both")
-
-
-def find_frame(root):
-    """(width, height) of the first photo in a folder like LFW. ValueError if there is none."""
-    for folder in sorted(path for path in Path(root).iterdir() if path.is_dir()):
-        for file in picture_files(folder)[:1]:
-            return load_image(file).size
-    raise ValueError(f"{root}: no folder of photos in it")
 
 
 @processes()

@@ -41,7 +41,7 @@ class Judges:
         if self.grades_truth:
             columns += ["identity ↑", "prompt ↑"]
         if self.faces:
-            columns += ["face identity ↑", "rank-1 ↑", "face copy"]
+            columns += ["face identity ↑", "rank-1 ↑", "face copy", "face distance ↓"]
         columns += ["copy", "CLIP-I ↑"]
         if self.compares_text:
             columns.append("CLIP-T ↑")
@@ -54,7 +54,7 @@ class Judges:
         text.append(f"{'CLIP-I, CLIP-T' if self.compares_text else 'CLIP-I'} and copy: the model's "
                     "own encoders, which the adapters read, too: that favours them over DreamBooth")
         if self.faces:
-            text.append(f"face identity, face copy and rank-1: {self.faces.name}")
+            text.append(f"face identity, face copy, rank-1 and distance: {self.faces.name}")
         return text
 
     @torch.inference_mode()

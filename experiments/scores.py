@@ -13,6 +13,7 @@ k of the other, which saw the same photos in the same order.
 
 import json
 import sys
+from functools import partial
 
 import torch
 
@@ -60,6 +61,7 @@ class Pictures:
         counts = [len(features) for features in seen["features"]]
         self.people = [p for p, count in enumerate(counts) if count]
         self.real = real["features"]
+        self.real_faces = real.get("faces")
         self.kid = StrangersKID(self.real, seen["features"])
         self.grouped_fid = None
         # A covariance a person costs more than it saves where these are large, or pictures are few.
@@ -93,6 +95,11 @@ class Pictures:
         key = digest_tensors(*self.real, *self.seen["features"])
         found = load_or_compute(compute, "distances of draws", VERSION, draws, key)
         return {tuple(people): float(d) for people, d in zip(samples, found["fid"])}
+
+    def measure_face_distance(self, people):
+        """The Fréchet distance of what the judge of faces sees, to the same photos."""
+        real = torch.cat([self.real_faces[p] for p in people])
+        return fid(real, self.pick("faces", people))
 
     def mean(self, name):
         """statistic(people) of numbers: their mean over all pictures."""
@@ -135,6 +142,9 @@ class Row:
 
     def kid(self):
         return self.average([pictures.kid for pictures in self.trainings])
+
+    def face_distance(self):
+        return self.average([pictures.measure_face_distance for pictures in self.trainings])
 
     def score(self, marginal):
         """The inception score."""
@@ -258,17 +268,18 @@ class Table:
             print(f"note: fewer than two people have pictures for the row: {title}")
             return None
         scores = {
-            "FID ↓": row.fid(),
-            "KID ↓": row.kid(),
-            "IS uniform ↑": row.score("uniform"),
-            "IS empirical ↑": row.score("empirical"),
+            "FID ↓": row.fid,
+            "KID ↓": row.kid,
+            "IS uniform ↑": partial(row.score, "uniform"),
+            "IS empirical ↑": partial(row.score, "empirical"),
+            "face distance ↓": row.face_distance,
         }
         numbers = {}
         for column in self.judges.columns:
             if row.is_shuffled and column in scores:
                 numbers[column] = None  # the real photos themselves, in another order
                 continue
-            statistic = scores.get(column) or self.measure_mean(row, column)
+            statistic = scores[column]() if column in scores else self.measure_mean(row, column)
             draws = self.fid_draws if column == "FID ↓" else DRAWS
             numbers[column] = self.estimate(row.people, row.runs, statistic, draws)
         numbers["w"] = w if w is None else f"{w:g}"
@@ -343,7 +354,8 @@ are means over the trainings.
 FID is to held-out photos of the same people, which have the scenes of the prompts; FeatureNet's
 does not see blur and noise. KID leaves out pairs of one person. Identity, prompt: right attributes
 among those that the prompt leaves visible. CLIP-I, face identity: cosine to the person's other
-held-out photos. Copy: cosine to the nearest reference minus that, shown minus what other real
+held-out photos. Face distance: Fréchet, of the features of the judge of faces, to the same photos as
+FID; no FID of papers. Copy: cosine to the nearest reference minus that, shown minus what other real
 photos score ({copies or "there are none"}). DreamBooth's seconds include
 fine-tuning, and a share of the class pictures if these were not there yet. IS counts a guess for
 the hair under a hat, too.

@@ -78,6 +78,17 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def find_frame(root):
+    """(width, height) of the first photo in a folder like LFW. ValueError if there is none."""
+    if not Path(root).is_dir():
+        raise ValueError(f"{root}: no such folder; give one with a folder of photos a person")
+    for folder in sorted(path for path in Path(root).iterdir() if path.is_dir()):
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+        if files:
+            return load_image(files[0]).size
+    raise ValueError(f"{root}: no folder of photos in it")
+
+
 def crop_square(image, size):
     """The centre square of a picture, scaled to size × size pixels."""
     if image.size == (size, size):

@@ -429,10 +429,12 @@ def test_table_of_photos_has_all_rows_and_with_a_face_file_its_columns(
     rows, stranger = said["rows"], "real photos of strangers"
     assert list(rows) == [*PAPER, *CONTROLS[:2], REAL[0], stranger]
     columns = ["FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑"]
-    of_faces = ["face identity ↑", "rank-1 ↑", "face copy"]
+    of_faces = ["face identity ↑", "rank-1 ↑", "face copy", "face distance ↓"]
     rest = ["copy", "CLIP-I ↑", "CLIP-T ↑", "w", "trainings", "s/picture ↓", "N"]
     assert all(list(row) == columns + of_faces + rest for row in rows.values())
-    assert [rows[stranger][column] for column in columns] == [None] * 4  # they are the real photos
+    of_folders = [*columns, "face distance ↓"]
+    assert [rows[stranger][column] for column in of_folders] == [None] * 5  # they are the real photos
+    assert rows[REAL[0]]["face distance ↓"][0] > 0
     assert [rows[title]["N"] for title in (BEST, REAL[0], stranger)] == [8, 3, 3]
     assert "MobileFaceNet" in said["judges"][-1] and f"minus {BEST} | FID | face identity" in text
     assert rows[REAL[0]]["rank-1 ↑"][0] > rows[stranger]["rank-1 ↑"][0]
@@ -461,7 +463,7 @@ def test_people_of_a_folder_are_held_out_and_asked_for_their_own_scenes(people_f
 
 def test_people_that_validation_does_not_see_come_first(monkeypatch):
     crowd = [plan.Person(str(k), "man", [None] * 10) for k in range(309)]
-    monkeypatch.setattr(plan, "LFW", lambda source, size: SimpleNamespace(people=crowd))
+    monkeypatch.setattr(plan, "LFW", lambda source, size, crop: SimpleNamespace(people=crowd))
     chosen = plan.choose_subjects("folder", 64, plan.Settings(torch.device("cpu"), "fp32", people=5))
     _, held_out = plan.split(crowd)
     assert len(held_out) == 103

@@ -1,0 +1,471 @@
+"""A model of photographs: crop, people of a folder, encoders and judges of faces, all stages of base.py."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import sample
+from conftest import close, randn
+from data import LFW, ToyFaces, load_people
+from ddpm import Schedule
+from experiments import (base, base_average, base_data, base_identity, base_judge, base_tasks,
+                         base_together, memorised, plan)
+from experiments import base_networks
+from experiments.base_networks import PHOTOS, Sizes, make_world
+from ip_adapter import IPAdapter
+from support.checkpoints import ADAPTER, FACE_ADAPTER, find_shipped
+from support.crops import Crop, find_crop, make_crop, parse_crop, read_crop
+from support.face_net import (DEEP_FUNNELED, WHOLE, FaceEncoder, MobileFaceNet, find_face_box,
+                              map_box)
+from support.judges import load_face_judge, name_face_box
+from support.pictures import crop_square, load_image, save_image, to_tensor
+from test_faces import state as face_weights  # noqa: F401 (a fixture)
+from unet import StableDiffusion
+
+SMALL = Sizes([16, 16, 16], 48, 3, 64, 1, 2, [16, 32], 2)  # instead of PHOTOS: a test is to be fast
+CROP = Crop((58, 48, 198, 188), (250, 250))
+WORDS = ["--crop", "58,48,198,188", "--device", "cpu", "--precision", "fp32"]
+
+
+def program(module, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+    module.run(module.main)
+
+
+@pytest.fixture(scope="module")
+def portraits(tmp_path_factory):
+    """Toy faces in the crop of 250 × 250 photos, in the layout of LFW; prompts.tsv beside them."""
+    root = tmp_path_factory.mktemp("portraits") / "people"
+    lines = ["image\tprompt"]
+    counts = [1, 2, 2, 2, 3, 1, 2, 2, 2, 10, 10]
+    for person, count in zip(ToyFaces(len(counts), photos=10, seed=7).people, counts):
+        folder = root / person.name
+        folder.mkdir(parents=True)
+        for q, photo in enumerate(person.photos[:count]):
+            picture = Image.new("RGB", (250, 250), "red")
+            picture.paste(photo.image.resize((140, 140)), (58, 48))
+            name = f"{person.name}/{person.name}_{q + 1:04d}.jpg"
+            picture.save(root / name, quality=95)
+            lines.append(f"{name}\ta photo of a {'smiling ' if q % 2 else ''}man")
+    (root.parent / "prompts.tsv").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def face_file(face_weights, tmp_path_factory):  # noqa: F811
+    path = tmp_path_factory.mktemp("faces") / "mobilefacenet.pt"
+    torch.save(face_weights, path)
+    return path
+
+
+# ---------------------------------------------------------------- the crop
+
+
+def test_the_crop_cuts_photos_of_its_frame_and_no_others(portraits):
+    red = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    whole = LFW(portraits, 64).people[0].photos[0]
+    cut = LFW(portraits, 64, crop=CROP).people[0].photos[0]
+    corner = to_tensor([whole.image])[0][:, :4, :4]
+    assert (corner - red).abs().max() < 0.2
+    assert (to_tensor([cut.image])[0][:, :4, :4] - red).abs().max() > 0.5
+    assert whole.key != cut.key and cut.key[:-1] == whole.key
+    other = Image.new("RGB", (250, 240), "blue")
+    assert CROP.cut(other) is other
+
+
+def test_a_crop_in_fractions_is_the_one_in_pixels():
+    assert parse_crop("58,48,198,188", (250, 250)) == CROP
+    assert parse_crop("0.232,0.192,0.792,0.752", (250, 250)) == CROP
+    assert CROP.fractions == pytest.approx((0.232, 0.192, 0.792, 0.752), abs=1e-12)
+
+
+@pytest.mark.parametrize("text", ["face", "1,2,3", "58,48,198,180", "0,0,0,0", "9,9,300,300", "0,0,nan,1",
+                                  "198,48,58,188", "-10,0,10,20", "0,0,1e99,1"])
+def test_a_crop_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="crop") as error:
+        parse_crop(text, (250, 250))
+    assert "\n" not in str(error.value)
+
+
+def test_the_face_box_is_mapped_through_a_crop_of_the_frame():
+    expected = (2.8 / 140, 3.08 / 140, 137.2 / 140, 137.48 / 140)
+    assert find_face_box(CROP) == pytest.approx(expected, abs=1e-12)
+    assert find_face_box(None) == DEEP_FUNNELED
+    assert find_face_box(Crop((0, 0, 90, 90), (90, 120))) == WHOLE
+    assert map_box(DEEP_FUNNELED, WHOLE) == pytest.approx(DEEP_FUNNELED, abs=1e-12)
+    with pytest.raises(ValueError, match="cut off a part of the face"):
+        find_face_box(Crop((100, 0, 250, 150), (250, 250)))
+
+
+@pytest.fixture(scope="module")
+def cut_model(tmp_path_factory):
+    """A folder with a model of photos: random weights, and the crop."""
+    folder = tmp_path_factory.mktemp("cut")
+    torch.manual_seed(0)
+    sd = make_world(SMALL, ["a photo of a smiling man"] * 9, torch.device("cpu"))
+    sd.preprocessor = {**sd.preprocessor, **CROP.describe()}
+    sd.save(folder)
+    return folder
+
+
+def test_a_model_remembers_its_crop_whatever_its_image_encoder_is(cut_model, tiny_folder, face_file):
+    assert read_crop(cut_model) == CROP and read_crop(tiny_folder) is None
+    for encoder in (None, False, face_file, tiny_folder):
+        sd = StableDiffusion.load(cut_model, image_encoder=encoder)
+        assert find_crop(sd.preprocessor) == CROP
+    box = [float(word) for word in name_face_box(cut_model).split(",")]
+    assert box == pytest.approx(find_face_box(CROP)) and name_face_box(tiny_folder).startswith("0.24")
+
+
+def test_a_crop_that_is_none_is_refused_with_the_model(tiny_folder, tmp_path):
+    for part in tiny_folder.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    file = tmp_path / "feature_extractor/preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    (tmp_path / "feature_extractor").unlink()
+    file.parent.mkdir()
+    file.write_text(json.dumps({**settings, "face_crop": {"box": [0, 0, 9], "frame": [9, 9]}}))
+    with pytest.raises(ValueError, match="the crop 0,0,9 of a photo of 9 × 9"):
+        StableDiffusion.load(tmp_path)
+
+
+def test_tables_and_train_py_cut_photos_as_the_model_does(cut_model, portraits):
+    sd = StableDiffusion.load(cut_model)
+    train, _ = load_people(portraits, 64, crop=find_crop(sd.preprocessor))
+    assert train[0].photos[0].key[-1] == CROP
+    settings = plan.Settings(torch.device("cpu"), "fp32", 2, 1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "split", lambda people: ([], people))
+        subjects = plan.make_plan(None, settings, sd, portraits).subjects
+    assert {photo.key[-1] for subject in subjects for photo in subject.references} == {CROP}
+
+
+def test_sample_cuts_references_and_says_when_that_is_a_guess(tmp_path, portraits, capsys):
+    file = sorted(portraits.glob("*/*.jpg"))[0]
+    (cut,) = sample.open_references([file], CROP)
+    assert cut.size == (140, 140) and not capsys.readouterr().out
+    save_image(tmp_path / "me.png", Image.new("RGB", (90, 60)))
+    _, mine = sample.open_references([file, tmp_path / "me.png"], CROP)
+    assert mine.size == (90, 60) and "me.png the centre square" in capsys.readouterr().out
+    sample.open_references([tmp_path / "me.png"], None)
+    assert not capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- MobileFaceNet as image encoder
+
+
+def test_the_face_encoder_is_mobilefacenets_own_reading_of_the_same_crop(cut_model, portraits, face_file):
+    files = sorted(portraits.glob("*/*.jpg"))[:3]
+    photos = [load_image(file, 64, CROP) for file in files]
+    net = MobileFaceNet(face_file, find_face_box(CROP))
+    with torch.inference_mode():
+        expected = net.read(net.resize(to_tensor(photos)))[0]
+    sd = StableDiffusion.load(cut_model, image_encoder=face_file)
+    assert sd.image_encoder.config.image_size == 64 and sd.image_encoder.config.projection_dim == 128
+    torch.testing.assert_close(sd.embed_images(photos), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sd.embed_images(to_tensor(photos)), expected, rtol=1e-4, atol=1e-4)
+    assert F.cosine_similarity(expected, sd.embed_images([photo.rotate(90) for photo in photos])).max() < 0.999
+
+
+def test_the_adapter_that_a_folder_ships_is_that_of_the_image_encoder(tmp_path, face_file):
+    assert find_shipped("a") == find_shipped("a", tmp_path) == Path("a") / ADAPTER
+    assert find_shipped("a", face_file) == Path("a") / FACE_ADAPTER
+
+
+# ---------------------------------------------------------------- who is who
+
+
+def count_photos(root, counts):
+    for p, count in enumerate(counts):
+        (root / f"p{p:03d}").mkdir()
+        for q in range(count):
+            (root / f"p{p:03d}/{q:04d}.jpg").touch()
+    return root
+
+
+def test_nobody_of_training_or_validation_is_asked_for_in_a_table(tmp_path):
+    root = count_photos(tmp_path, [1, 2, 10, 9, 3, 12] * 25)
+    learned, held = ({person.name for person in some} for some in base_data.choose_people(root, 64))
+    assert held and not learned & held
+    for validation in (False, True):
+        settings = plan.Settings(torch.device("cpu"), "fp32", validation=validation)
+        exam = {subject.name for subject in plan.choose_subjects(root, 64, settings)}
+        assert exam and not exam & (learned | held)
+    everybody = LFW(root, 64, min_photos=1).people
+    assert {person.name for person in everybody if len(person.photos) == 1} <= learned
+    assert all(2 <= len(list((root / name).iterdir())) <= 9 for name in held)
+
+
+def test_without_people_to_validate_on_nothing_begins(tmp_path):
+    with pytest.raises(ValueError, match="nobody to validate on"):
+        base_data.choose_people(count_photos(tmp_path, [1, 12, 12]), 64)
+
+
+@pytest.fixture
+def faces(portraits, workdir):
+    return base_data.read_faces(base_data.choose_people(portraits, 64, CROP)[0])
+
+
+def test_a_partner_is_any_other_photo_of_the_person_and_of_one_photo_itself(faces):
+    i = torch.arange(len(faces.who)).repeat(200)
+    partner = faces.draw_partners(i, torch.Generator().manual_seed(0))
+    assert (faces.who[partner] == faces.who[i]).all()
+    counts = torch.bincount(faces.who)[faces.who[i]]
+    assert ((partner == i) == (counts == 1)).all()
+    seen = {(a, b) for a, b in zip(i.tolist(), partner.tolist())}
+    sizes = torch.bincount(faces.who).tolist()
+    assert len(seen) == sum(max(1, size * (size - 1)) for size in sizes)
+
+
+def test_every_pair_of_a_batch_is_of_one_person(faces):
+    i = base_identity.draw_pairs(faces, 64, torch.Generator().manual_seed(0))
+    who = faces.who[i].unflatten(0, (-1, 2))
+    assert len(i) == 64 and (who[:, 0] == who[:, 1]).all() and len(set(who[:, 0].tolist())) > 3
+
+
+def test_photos_are_mirrored_half_of_the_time_and_unreadable_ones_left_out(tmp_path, workdir):
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste("black", (0, 0, 32, 64))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "1.png")
+    (tmp_path / "b/1.png").rename(tmp_path / "b/2.png")
+    (tmp_path / "b/1.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="1 of 3 photos are unreadable and left out: b/1.png"):
+        faces = base_data.read_faces(LFW(tmp_path, 64, min_photos=1).people)
+    assert faces.who.tolist() == [0, 1] and len(faces.prompts) == 2
+    drawn = faces.pick(torch.zeros(400, dtype=torch.int64), torch.Generator().manual_seed(0))
+    dark_left = (drawn[:, 0, 0, 0] == 0).float().mean().item()
+    assert 0.4 < dark_left < 0.6 and (drawn[:, 0, 0, 0] != drawn[:, 0, 0, 63]).all()
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_margin_softmax_without_margin_is_cross_entropy_of_cosines():
+    embeds, names = randn(5, 8).float(), randn(4, 8, seed=1).float()
+    who = torch.tensor([0, 1, 2, 3, 0])
+    cosines = F.cosine_similarity(embeds[:, None], names[None], dim=2)
+    plain = base_identity.margin_softmax(embeds, names, who, margin=0, scale=7)
+    close(plain, F.cross_entropy(7 * cosines, who), 1e-5)
+    handicap = cosines.clone()
+    handicap[torch.arange(5), who] -= 0.3
+    with_margin = base_identity.margin_softmax(embeds, names, who, margin=0.3, scale=7)
+    close(with_margin, F.cross_entropy(7 * handicap, who), 1e-5)
+    assert with_margin > plain
+
+
+def test_attraction_is_least_where_photos_of_a_person_are_one():
+    who = torch.tensor([0, 0, 1, 1])
+    unit = torch.eye(4)[who]
+    others = torch.tensor([1 / 0.1, 0, 0])  # its partner, and two of somebody else
+    close(base_identity.attraction(unit, who), -others.log_softmax(0)[0], 1e-5)
+    assert base_identity.attraction(unit[[0, 2, 1, 3]], who) > 5
+
+
+def test_equal_prompts_are_no_negatives_of_each_other():
+    which = torch.tensor([0, 0, 1, 0])
+    logits = 100.0 * F.one_hot(which, 2)
+    assert base_identity.prompt_loss(logits, which) < 1e-6
+    # As different prompts they would be: three photos fit each of the three.
+    apart = torch.tensor([0, 1, 2, 3])
+    assert base_identity.prompt_loss(logits[:, [0, 0, 1, 0]], apart) > 0.5
+
+
+def test_auc_counts_pairs_in_the_right_order():
+    unit = torch.tensor([[1.0, 0], [0.9, 0.1], [0.8, 0.6], [0.0, 1]])
+    who = torch.tensor([0, 0, 1, 1])
+    cosines = F.normalize(unit, dim=1) @ F.normalize(unit, dim=1).T
+    same = [cosines[0, 1], cosines[2, 3]]
+    other = [cosines[0, 2], cosines[0, 3], cosines[1, 2], cosines[1, 3]]
+    right = sum(float(a > b) for a in same for b in other) / 8
+    assert base_identity.measure_auc(unit, who) == pytest.approx(right, abs=1e-12) and 0.5 < right < 1
+
+
+def test_min_snr_weights_are_one_where_noise_is_strong_and_fall_as_one_over_snr():
+    schedule = Schedule.stable_diffusion()
+    t = torch.tensor([0, 100, 999])
+    ratio = schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t])
+    expected = torch.tensor([5 / ratio[0], 5 / ratio[1], 1])
+    close(base_tasks.min_snr_weights(t, schedule, 5.0), expected.float(), 1e-6)
+    assert ratio[1] > 5 > ratio[2]
+
+
+# ---------------------------------------------------------------- the mean of the weights
+
+
+def test_the_average_follows_the_weights_and_the_best_one_is_kept():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    average = base_average.Average(layer, decay=0.5)
+    layer.weight.data.fill_(0)
+    average.mean_0.zero_()
+    average.updates.fill_(1000)  # the warm-up is over
+    for value, mean in ((8.0, 4.0), (8.0, 6.0), (0.0, 3.0)):
+        layer.weight.data.fill_(value)
+        average.update()
+        assert average.mean_0.item() == mean
+        average.keep(mean)
+    with average.applied():
+        assert layer.weight.item() == 3
+    assert layer.weight.item() == 0
+    average.settle()
+    assert layer.weight.item() == 6
+    start = base_average.Average(torch.nn.Linear(1, 1, bias=False))
+    start.network.weight.data.fill_(100)
+    start.update()  # a random start weighs a tenth at once
+    assert start.mean_0.item() > 89
+
+
+# ---------------------------------------------------------------- all stages
+
+
+def test_weights_of_photos_fit_into_24_megabytes():
+    with torch.device("meta"):
+        unet = base_networks.make_unet(PHOTOS)
+        networks = [unet, base_networks.make_vae(PHOTOS), IPAdapter(unet, PHOTOS.text), IPAdapter(unet, 128)]
+    tokenizer = base_networks.make_tokenizer(["a photo of a smiling man"] * 9, 48)
+    networks.append(base_networks.make_text_encoder(PHOTOS, tokenizer, 48))
+    networks.append(base_networks.make_image_encoder(PHOTOS))
+    numbers = sum(weight.numel() for network in networks for weight in network.parameters())
+    assert 20e6 < 2 * numbers < 23e6  # float16; and a little for tokenizer and settings
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small networks, one step a stage, two portraits of one step."""
+    monkeypatch.setattr(base, "PHOTOS", SMALL)
+    monkeypatch.setattr(base, "PHOTO_STAGES", {name: (1, 4, 1e-3) for name in base.PHOTO_STAGES})
+    monkeypatch.setattr(base_together.choose_portraits, "__defaults__", (2,))
+    monkeypatch.setattr(base_together.make_portraits, "__defaults__", (2.0, 1))
+
+
+def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_file, quick, workdir, monkeypatch,
+                                                              capsys):
+    words = ["--data", portraits, *WORDS, "--image-encoder", face_file, "--out", "photos"]
+    program(base, monkeypatch, *words, "--until", "clip")
+    assert not (workdir / "photos/unet").exists() and "stopped after clip" in capsys.readouterr().out
+    program(base, monkeypatch, *words, "--resume")
+    out = capsys.readouterr().out
+    assert "vae: validation" in out and "together: validation" in out
+    log = (base.PHOTO_RUNS / "together.csv").read_text().splitlines()
+    assert len(log) == 3 and {"identity", "rank-1", "faces validation"} <= set(log[0].split(","))
+    assert {file.name for file in base.PHOTO_RUNS.glob("*.png")} == {
+        "vae.png", "unet.png", "together-clip.png", "together-faces.png"}
+
+    # Used: sample.py with both adapters, each with its own encoder.
+    files = sorted(portraits.glob("*9/*.jpg"))[:2]
+    for more in ([], ["--image-encoder", face_file]):
+        program(sample, monkeypatch, "--model", "photos", "--refs", *files, "--prompt", "a photo of a man",
+                "--steps", 1, "--n", 1, "--device", "cpu", *more)
+        expected = FACE_ADAPTER if more else ADAPTER
+        assert f"photos/{expected}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # an adapter of the other encoder
+        program(sample, monkeypatch, "--model", "photos", "--refs", *files, "--prompt", "a photo of a man",
+                "--adapter", f"photos/{FACE_ADAPTER}", "--n", 1, "--device", "cpu")
+    assert "width 128, not 48" in capsys.readouterr().err
+
+    # With --resume another crop is another training.
+    monkeypatch.setattr(base, "PHOTO_STAGES", {name: (2, 4, 1e-3) for name in base.PHOTO_STAGES})
+    words[words.index("58,48,198,188")] = "50,40,200,190"
+    with pytest.raises(SystemExit):
+        program(base, monkeypatch, *words, "--resume")
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_unet_and_both_adapters_learn_together(cut_model, portraits, face_file, workdir):
+    sd = StableDiffusion.load(cut_model)
+    learned, held_out = base_data.choose_people(portraits, 64, CROP)
+    faces, held = base_data.read_faces(learned), base_data.read_faces(held_out)
+    latents = base_data.encode_both_sides(sd, faces.pixels)
+    assert latents.shape == (2, len(faces.pixels), 4, 16, 16)
+    mirrored = sd.encode_latents(to_tensor(faces.pixels[:1].flip(3)))
+    assert F.mse_loss(latents[1, :1], mirrored) < F.mse_loss(latents[0, :1], mirrored)
+    branches = []
+    for name, width in (("clip", 48), ("faces", 128)):
+        embeds = randn(2, len(faces.pixels), width).float()
+        branches.append(base_together.Branch(name, IPAdapter(sd.unet, width), embeds, None))
+    task = base_together.together_task(sd, branches, latents, faces, held, torch.device("cpu"), workdir)
+    task.module.requires_grad_(True)
+    task.loss(4, torch.Generator().manual_seed(0)).backward()
+    moved = {name for name, weight in task.module.named_parameters() if weight.grad is not None and weight.grad.any()}
+    for name in ("unet.conv_in.weight", "clip.image_proj.proj.weight", "faces.image_proj.proj.weight",
+                 "clip.ip_adapter.1.to_v_ip.weight", "faces.ip_adapter.1.to_v_ip.weight"):
+        assert name in moved
+
+
+def test_identity_is_of_the_persons_other_photos(faces):
+    class Judge(torch.nn.Linear):  # who it is, written into the pixels
+        def resize(self, images):
+            return images
+
+        def read(self, images):
+            level = images.mean(dim=(1, 2, 3))
+            return torch.stack([level, 1 - level.abs()], dim=1), None
+
+    judge = Judge(1, 1)
+    chosen = base_together.choose_portraits(faces)
+    assert (faces.who[chosen[:, 0]] == faces.who[chosen[:, 1]]).all() and (chosen[:, 0] != chosen[:, 1]).all()
+    second = to_tensor(faces.pixels[chosen[:, 1]])
+    measured = base_together.measure_identity(judge, second, chosen, faces)
+    assert 0 <= measured["rank-1"] <= 1 and measured["identity"] > 0.9
+    assert base_together.measure_identity(judge, -second, chosen, faces)["identity"] < measured["identity"]
+
+
+def test_base_judge_writes_a_judge_that_tables_take(portraits, workdir, monkeypatch, capsys):
+    program(base_judge, monkeypatch, "--data", portraits, *WORDS, "--steps", 2, "--batch", 4)
+    assert "AUC of photos that it has not seen" in capsys.readouterr().out
+    judge = load_face_judge("runs/base_judge/judge.safetensors", "deep-funneled")
+    images = to_tensor(torch.zeros(2, 3, 128, 128, dtype=torch.uint8))
+    assert judge.read(judge.resize(images))[0].shape == (2, 128)
+    Path("broken.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="broken.safetensors"):
+        load_face_judge("broken.safetensors")
+
+
+def test_the_judge_learns_everybody_but_not_the_photos_it_is_validated_on(tmp_path):
+    people = LFW(count_photos(tmp_path, [1, 10, 12]), 64, min_photos=1).people
+    learned, held = base_judge.share_photos(people)
+    assert [len(person.photos) for person in learned] == [1, 9, 11]
+    for person, pair in zip(learned[1:], held):
+        assert pair.photos[0] in person.photos and pair.photos[1] not in person.photos
+
+
+def test_copies_of_training_photos_are_found_and_other_pictures_are_not(cut_model, portraits, face_file, workdir,
+                                                                        monkeypatch, capsys):
+    learned, held = base_data.choose_people(portraits, 64, CROP)
+    for name, people in (("copies", learned), ("others", held)):
+        for k, person in enumerate(people):
+            (workdir / name).mkdir(exist_ok=True)
+            save_image(workdir / name / f"{k:03d}.png", person.photos[0].image)
+    shares = []
+    for name in ("copies", "others"):
+        program(memorised, monkeypatch, "--model", cut_model, "--data", portraits, "--faces", face_file,
+                "--pictures", name, "--device", "cpu")
+        found = json.loads(Path("runs/memorised/memorised.json").read_text())
+        shares.append(found["above the 99 % of held-out photos"])
+    assert shares == [1.0, 0.0] and Path("runs/memorised/memorised.png").exists()
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--crop", "58,48,198,188"], "are for --data FOLDER"),
+    (["--data", "nowhere"], "--data nowhere: no such folder"),
+    (["--data", "PORTRAITS", "--crop", "1,2,3"], "--crop 1,2,3: it must be left,top,right,bottom"),
+    (["--data", "PORTRAITS", "--judge", "FILE"], "name both"),
+    (["--data", "PORTRAITS", "--image-encoder", "FILE"], "no weights of MobileFaceNet"),
+    (["--data", "PORTRAITS", "--min-snr", "-1"], "--min-snr -1.0: from 0 to 1000"),
+])
+def test_bad_input_is_one_line_and_exit_2(words, says, portraits, tmp_path_factory, workdir, monkeypatch, capsys):
+    file = tmp_path_factory.mktemp("bad") / "file.pt"
+    file.write_bytes(b"nothing")
+    names = {"PORTRAITS": portraits, "FILE": file}
+    with pytest.raises(SystemExit) as stop:
+        program(base, monkeypatch, *[names.get(word, word) for word in words], "--out", "photos")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and says in last
+    assert not (workdir / "photos/unet").exists() and not list(workdir.rglob("*.pt"))
