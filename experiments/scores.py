@@ -222,10 +222,9 @@ class Table:
 
     def share_distances(self, folders):
         """Measure the FIDs of the folders of methods, shared out among the processes of torchrun."""
-        if world_size() > 1:
-            for folder in folders[rank() :: world_size()]:
-                self.read_folder(folder).measure_draws()
-            barrier()
+        for folder in folders[rank() :: world_size()]:
+            self.read_folder(folder).measure_draws()
+        barrier()
 
     def read_folder(self, folder):
         """The Pictures that a method made."""

@@ -29,7 +29,7 @@ from experiments.scores import Table, format_cell
 from experiments.table1 import (add_exam_arguments, is_toy_world, list_methods, list_trainings,
                                 prepare)
 from support.claim import claim
-from support.distributed import first_alone, is_first, processes
+from support.distributed import first_alone, is_first, processes, world_size
 from support.plots import plot_curves, plot_paths
 from support.program import make_parser, run
 
@@ -283,7 +283,8 @@ def make_sweep(which, args, out):
     plan.methods = {folder: point.method for folder, point in points.items()}
     Maker(plan, sd).make()
     table = Table(plan, Judges(plan, sd, *judges))
-    table.share_distances(list(points))
+    if world_size() > 1:
+        table.share_distances(list(points))
     if not is_first():
         return
     for folder in points:

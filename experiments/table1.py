@@ -26,7 +26,7 @@ from experiments.scores import Table
 from support.checkpoints import TINY, find_beside, find_shipped
 from support.claim import claim
 from support.devices import pick_device, pick_precision
-from support.distributed import first_alone, is_first, processes
+from support.distributed import first_alone, is_first, processes, world_size
 from support.judges import load_face_judge, load_judge, name_face_box
 from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
@@ -251,7 +251,8 @@ def make_tables(args):
             plan.methods |= folders
     Maker(plan, sd).make()
     judges = Judges(plan, sd, *judges)
-    Table(plan, judges).share_distances(list(plan.methods))
+    if world_size() > 1:
+        Table(plan, judges).share_distances(list(plan.methods))
     if not is_first():
         return
     scored = {}  # what both tables have is scored once
