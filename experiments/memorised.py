@@ -21,7 +21,7 @@ from support.crops import read_crop
 from support.devices import pick_device
 from support.face_net import MobileFaceNet, find_face_box
 from support.files import write_json
-from support.pictures import PICTURES, crop_square, load_image, save_grid, to_tensor
+from support.pictures import PICTURES, crop_square, load_image, save_grid, to_bytes, to_tensor
 from support.program import device_name, file_path, make_parser, run
 
 SIZE = 64  # pixels
@@ -57,12 +57,12 @@ def compare(made, real):
 
 
 def read_pictures(folder, size):
-    """All pictures in a folder and below it: uint8 (n, 3, size, size). ValueError if there are none."""
+    """All pictures in a folder and below: uint8 (n, 3, size, size). ValueError if there are none."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not files:
         raise ValueError(f"{folder}: no pictures; give a folder of generated ones")
     images = [crop_square(load_image(file), size) for file in files]
-    return ((to_tensor(images) + 1) * 127.5).round().byte()
+    return to_bytes(to_tensor(images))
 
 
 def draw_nearest(path, made, training, cosines, numbers, count=10):
@@ -95,10 +95,10 @@ def check_memory(model, data, faces, pictures, out, device):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model", default="weights/photos", help="the folder of the model: it says how photos are cut")
+    add("--model", default="weights/photos", help="folder of the model: it says how photos are cut")
     add("--data", type=Path, required=True, help="the folder that it was trained on")
     add("--faces", type=file_path, required=True, help="mobilefacenet.pt of foamliu/MobileFaceNet")
-    add("--pictures", type=Path, required=True, help="folder of generated pictures, with folders in it")
+    add("--pictures", type=Path, required=True, help="folder of generated pictures, or of folders")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda or mps")
     add("--out", type=Path, default=Path("runs/memorised"), help="folder for results")
     args = parser.parse_args()

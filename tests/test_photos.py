@@ -26,6 +26,7 @@ from support.face_net import (DEEP_FUNNELED, WHOLE, FaceEncoder, MobileFaceNet, 
 from support.judges import load_face_judge, name_face_box
 from support.pictures import crop_square, load_image, save_image, to_tensor
 from test_faces import state as face_weights  # noqa: F401 (a fixture)
+from train import Options, Task, fit
 from unet import StableDiffusion
 
 SMALL = Sizes([16, 16, 16], 48, 3, 64, 1, 2, [16, 32], 2)  # instead of PHOTOS: a test is to be fast
@@ -320,6 +321,33 @@ def test_the_average_follows_the_weights_and_the_best_one_is_kept():
     start.network.weight.data.fill_(100)
     start.update()  # a random start weighs a tenth at once
     assert start.mean_0.item() > 89
+
+
+def test_a_stage_with_a_mean_goes_on_bit_for_bit(workdir):
+    def train(out, resume=False, stop=None):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(2, 1)
+        average = base_average.Average(layer)
+        calls = []
+
+        def loss(batch, generator):
+            calls.append(batch)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return layer(torch.randn(batch, 2, generator=generator)).square().mean()
+
+        task = Task("stage", layer, loss, lambda: {"validation": float(layer.weight.square().sum())})
+        options = Options(torch.device("cpu"), "fp32", 4, 3, 0.1, every=2, resume=resume)
+        fit(base_average.average_task(task, average), Path(out), options)
+        average.settle()
+        return average.state_dict()
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("parts", stop=4)
+    again = train("parts", resume=True)
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert whole["updates"] == 4
 
 
 # ---------------------------------------------------------------- all stages
