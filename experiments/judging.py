@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from experiments.photos import photos_at_once, read_pictures
 from metrics import compare_embeddings, compare_people, rank_one
+from support.face_net import FaceEncoder
 from support.pictures import to_tensor
 from toyfaces.judge import FeatureNet, grade_features
 
@@ -26,9 +27,10 @@ class Judges:
         self.faces = faces
         self.grades_truth = plan.knows_truth and isinstance(quality, FeatureNet)
         # CLIP-T needs text and pictures in one space: the tiny pair's, not those of SD 1.5, whose
-        # text encoder belongs to another CLIP than the image encoder.
+        # text encoder belongs to another CLIP than the image encoder, and not a face recogniser's.
         width = sd.image_encoder.config.projection_dim
-        self.compares_text = sd.text_encoder.config.hidden_size == width
+        is_clip = not isinstance(sd.image_encoder, FaceEncoder)
+        self.compares_text = is_clip and sd.text_encoder.config.hidden_size == width
         people = range(len(plan.subjects))
         photos = [plan.photo_files(p) for p in people]
         self.references = self.read([files["references"][0] for files in photos], ("CLIP", "faces"))
