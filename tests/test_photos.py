@@ -441,6 +441,9 @@ def test_identity_is_of_the_persons_other_photos(faces):
     chosen = base_together.choose_portraits(faces)
     assert (faces.who[chosen[:, 0]] == faces.who[chosen[:, 1]]).all() and (chosen[:, 0] != chosen[:, 1]).all()
     second = to_tensor(faces.pixels[chosen[:, 1]])
+    pair = torch.bincount(faces.who)[faces.who[chosen[:, 0]]] == 2  # the other photo is the second, only
+    of_pairs = base_together.measure_identity(judge, second[pair], chosen[pair], faces)
+    assert pair.any() and of_pairs["identity"] == pytest.approx(1, abs=1e-6)
     measured = base_together.measure_identity(judge, second, chosen, faces)
     assert 0 <= measured["rank-1"] <= 1 and measured["identity"] > 0.9
     assert base_together.measure_identity(judge, -second, chosen, faces)["identity"] < measured["identity"]
