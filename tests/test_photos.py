@@ -15,10 +15,11 @@ from conftest import close, randn
 from data import LFW, ToyFaces, load_people
 from ddpm import Schedule
 from experiments import (base, base_average, base_data, base_identity, base_judge, base_tasks,
-                         base_together, memorised, plan)
+                         base_together, memorised, plan, scores)
 from experiments import base_networks
 from experiments.base_networks import PHOTOS, Sizes, make_world
 from ip_adapter import IPAdapter
+from metrics import fid
 from support.checkpoints import ADAPTER, FACE_ADAPTER, find_shipped
 from support.crops import Crop, find_crop, make_crop, parse_crop, read_crop
 from support.face_net import (DEEP_FUNNELED, WHOLE, FaceEncoder, MobileFaceNet, find_face_box,
@@ -440,6 +441,9 @@ def test_identity_is_of_the_persons_other_photos(faces):
     chosen = base_together.choose_portraits(faces)
     assert (faces.who[chosen[:, 0]] == faces.who[chosen[:, 1]]).all() and (chosen[:, 0] != chosen[:, 1]).all()
     second = to_tensor(faces.pixels[chosen[:, 1]])
+    pair = torch.bincount(faces.who)[faces.who[chosen[:, 0]]] == 2  # the other photo is the second, only
+    of_pairs = base_together.measure_identity(judge, second[pair], chosen[pair], faces)
+    assert pair.any() and of_pairs["identity"] == pytest.approx(1, abs=1e-6)
     measured = base_together.measure_identity(judge, second, chosen, faces)
     assert 0 <= measured["rank-1"] <= 1 and measured["identity"] > 0.9
     assert base_together.measure_identity(judge, -second, chosen, faces)["identity"] < measured["identity"]
@@ -478,6 +482,17 @@ def test_copies_of_training_photos_are_found_and_other_pictures_are_not(cut_mode
         found = json.loads(Path("runs/memorised/memorised.json").read_text())
         shares.append(found["above the 99 % of held-out photos"])
     assert shares == [1.0, 0.0] and Path("runs/memorised/memorised.png").exists()
+
+
+def test_face_distance_of_a_row_is_that_of_the_judge_of_faces_and_to_held_out_photos():
+    def see(seed):
+        return {"features": list(randn(2, 5, 3, seed=seed)), "faces": list(randn(2, 5, 4, seed=seed + 1))}
+
+    seen, real = see(0), see(5)
+    row = scores.Row(scores.Pictures(seen, real))
+    expected = fid(torch.cat(real["faces"]), torch.cat(seen["faces"]))
+    assert row.face_distance()([0, 1]) == pytest.approx(expected, rel=1e-9)
+    assert expected != pytest.approx(row.fid()([0, 1]), rel=1e-3)
 
 
 @pytest.mark.parametrize("words, says", [
