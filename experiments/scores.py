@@ -330,6 +330,19 @@ class Table:
             self.differences[title] = dict(zip(columns, cells))
             self.print_line(title, *map(format_cell, cells))
 
+    def add_trainings(self):
+        """FID and identity of each training of the rows that have several: how much is luck."""
+        columns = ("FID ↓", self.identity_column)
+        self.lines += ["", f"| each training | {' | '.join(columns)} |", "|---|---|---|"]
+        for title, row in self.rows.items():
+            if not row.runs:
+                continue
+            cells = []
+            for statistic in (row.fid(), row.mean(columns[1])):
+                values = [statistic(row.people, [run]) for run in row.runs]
+                cells.append(", ".join(map(format_cell, values)))
+            self.print_line(title, *cells)
+
     @property
     def identity_column(self):
         """The best measure of identity that there is."""

@@ -261,6 +261,7 @@ def make_tables(args):
         add_rows(table, rows)
         if BEST in rows:
             table.add_differences(TITLES[BEST])
+        table.add_trainings()
         table.write(stem)
         suffix = stem.removeprefix("table")
         save_figure_6(plan, rows, plan.out / f"figure6{suffix}.png")

@@ -795,6 +795,11 @@ def test_table_of_several_trainings_has_every_method_at_its_own_w_and_at_the_com
         assert rows[BEST]["w"] == f"{ws['selfattn']:g}" and rows["text only"]["w"] == f"{ws['text-only']:g}"
         assert rows[BEST]["trainings"] == 2 and rows[BEST]["N"] == 2 * PICTURES
         assert rows["IP-Adapter"]["trainings"] == 1 and rows["IP-Adapter"]["N"] == PICTURES
+        *_, each, _ = read_table(exam_folder, stem)[0].split("\n\n")
+        by_training = {name: cells for name, *cells in split_cells(each)[2:]}
+        assert list(by_training) == [BEST, *CONTROLS[2:]]
+        first, second = map(float, by_training[BEST][1].split(", "))
+        assert (first + second) / 2 == pytest.approx(rows[BEST]["identity ↑"][0], abs=1e-3)
 
 
 def test_a_row_is_the_mean_over_trainings_and_differences_pair_people_and_trainings(
