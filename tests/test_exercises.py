@@ -115,7 +115,7 @@ WRONG = {
         ("repeated before the target is left out", "    others = shots[1:]",
          "    shots = shots[choose_references(len(shots), n, generator=generator)]\n"
          "        others = shots[1:]"),
-        ("positions for photos", "references.append(others[chosen])", "references.append(chosen)"),
+        ("positions for photos", "chosen = others[chosen]", "chosen = chosen.clone()"),
         ("of anybody", "others = shots[1:]", "others = torch.cat(groups)[1:]"),
     ],
     10: [  # noise_error, adapter_loss

@@ -18,7 +18,7 @@ import ip_adapter
 import sample
 import train
 from data import ToyFaces
-from support import devices
+from support import checkpoints, devices
 from support.checkpoints import ADAPTER
 from support.files import digest
 from unet import StableDiffusion
@@ -101,7 +101,7 @@ def test_frozen_weights_of_a_large_model_are_in_half_precision_while_an_adapter_
         counted.append(networks)
         return digest(*networks, **settings)
 
-    monkeypatch.setattr(data, "digest", count)
+    monkeypatch.setattr(checkpoints, "digest", count)
     words = ["--steps", 2, "--batch", 4, "--people", 4, "--precision", "bf16", "--out", "run"]
     program(monkeypatch, train, "--model", tiny_folder, *words)
     (run,) = fitted
@@ -113,7 +113,7 @@ def test_frozen_weights_of_a_large_model_are_in_half_precision_while_an_adapter_
     assert made == [(4, 0)]  # samples.png: four people, --batch 4
 
     # The fingerprint is that of the file's weights, whatever the precision.
-    _, metadata = sample.read_adapter("run/ip-adapter.safetensors")
+    _, metadata = checkpoints.read_adapter("run/ip-adapter.safetensors")
     assert metadata["base"].startswith(digest(StableDiffusion.load(tiny_folder).unet))
 
 
@@ -236,7 +236,7 @@ def test_large_pictures_are_decoded_and_encoded_one_by_one(
     assert torch.equal(tiny_model.decode_latents(z), expected_pixels) and sizes == decoded
 
     sizes.clear()
-    sd = SimpleNamespace(image_size=size, encode_latents=encode)
+    sd = SimpleNamespace(image_size=size, encode_latents=encode, preprocessor={})
     files = [photos / "0.png"] * 3
     assert dreambooth.encode_files(sd, files, None).shape == (3, 3, size, size)
     assert sizes == encoded

@@ -858,7 +858,7 @@ def test_what_is_chosen_is_chosen_on_validation_people(monkeypatch):
     with pytest.raises(ValueError, match="--people 101: there are 100"):
         plan.choose_subjects("toy", 64, replace(settings, people=101))
     crowd = [plan.Person(str(k), "man", [None] * 10) for k in range(309)]
-    monkeypatch.setattr(plan, "LFW", lambda source, size: SimpleNamespace(people=crowd))
+    monkeypatch.setattr(plan, "LFW", lambda source, size, crop: SimpleNamespace(people=crowd))
     _, held_out = plan.split(crowd)
     subjects = plan.choose_subjects("folder", 64, replace(settings, people=1000))
     assert [subject.person for subject in subjects] == held_out[:100]

@@ -381,9 +381,9 @@ def test_the_loop_holds_no_encoder_and_checkpointing_reaches_the_unet(
     models = []
     make_task = train.adapter_task
 
-    def spy(name, sd, *rest):
+    def spy(name, sd, *rest, **options):
         models.append(sd)
-        return make_task(name, sd, *rest)
+        return make_task(name, sd, *rest, **options)
 
     def stop(*_):
         (sd,) = models
