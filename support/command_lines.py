@@ -96,6 +96,13 @@ def parse_sampling(text, aggregators):
     return args
 
 
+def choose_guidance(w, is_large):
+    """w as it was given, or the default: 3 was chosen for the toy world, for nothing larger."""
+    if w is not None:
+        return w
+    return 4.0 if is_large else 3.0
+
+
 def parse_scoring(text):
     """The arguments of metrics.py; text, ValueError: as above."""
     parser = make_parser(text)
