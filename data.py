@@ -253,10 +253,11 @@ def leave_one_out(groups, batch, generator, n=10, strangers=0.0):
 def mix_in_stranger(references, groups, k, generator, most=3):
     """One to three references of person k (N,) become photos of one other person. Not in the paper.
 
-    Where and how many is uniform; at least one reference stays. ValueError if there is no other person.
+    Where and how many is uniform; at least one reference stays. ValueError if there is no other person,
+    or only one reference.
     """
-    if len(groups) < 2:
-        raise ValueError("strangers among the references need at least two people with two photos")
+    if len(groups) < 2 or len(references) < 2:
+        raise ValueError("strangers need at least two people with two photos, and two references")
     other = int(torch.randint(len(groups) - 1, (1,), generator=generator))
     photos = groups[other + (other >= k)]  # numbers from k on stand for the next person: never k
     most = min(most, len(references) - 1)

@@ -43,8 +43,10 @@ def find_adapters(runs, device, *names, **changes):
         train_adapter(best, BEST, device, {})
     recipe = read_recipe(best)
     check_recipe(best, recipe, unet)
+    usual = dict(recipe)
     recipe |= {option: str(value) for option, value in changes.items()}
-    folder = runs / "-".join(f"{option}-{value}" for option, value in changes.items())
+    other = {option: value for option, value in changes.items() if str(value) != usual[option]}
+    folder = runs / "-".join(f"{option}-{value}" for option, value in other.items())
     files = {name: folder / name / ADAPTER_FILE for name in names}
     for name, file in files.items():
         if not file.is_file() and name == SAME_PHOTO:
@@ -88,6 +90,9 @@ def list_given(wanted, best, others):
             raise ValueError(f"{both}, and of one seed: give one of them")
         seeds[training] = file
         found.setdefault(name, []).append(file)
+    counts = {name: len(files) for name, files in found.items() if len(files) > 1}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"as many trainings of each aggregator are needed, or one, not {counts}")
     return found
 
 

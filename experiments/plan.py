@@ -6,7 +6,8 @@ A plan lives in a folder, and everything that belongs to it does, too:
     references/<person>/000.png …      the nine photos that methods are given, cut to the model's size
     real/<person>/000.png …            held-out photos of the same people, the real ones of FID
     other-photos/<person>/000.png …    more of them, for the row of real photos
-    <method>/<person>/000.png …        what a method made (makers.py)
+    <method>-w-3/<person>/000.png …    what a method made at w = 3 (makers.py); of its second
+                                       training <method>-1-w-3
     <method>/seconds-0000.json …       how long each unit of work took
 
 Every method gets the same references, prompts, noise, steps and guidance. Picture k of person p is

@@ -7,8 +7,8 @@ person.
 
 Intervals are over people and, if there are several trainings, over these as well (metrics.bootstrap_ci,
 "two-way"): in each draw people are drawn anew, and so are trainings, and all rows get the same draws.
-So a difference to another row is of the same people; and training k of one row is set against training
-k of the other, which saw the same photos in the same order.
+So a difference to another row is of the same people, and training k of one row is set against
+training k of the other. Rows have as many trainings as each other, or one.
 """
 
 import json
@@ -22,7 +22,6 @@ from experiments.makers import read_seconds
 from metrics import bootstrap_ci, draw_people, fid, inception_score
 from support.distributed import barrier, rank, world_size
 from support.files import digest_tensors, load_or_compute, write_all
-from train import DEFAULTS
 
 VERSION = 1  # of the distances: raised by hand when this code gives other ones
 DRAWS = 1000  # of the bootstrap
@@ -332,6 +331,8 @@ class Table:
 
     def add_trainings(self):
         """FID and identity of each training of the rows that have several: how much is luck."""
+        if not any(row.runs for row in self.rows.values()):
+            return
         columns = ("FID ↓", self.identity_column)
         self.lines += ["", f"| each training | {' | '.join(columns)} |", "|---|---|---|"]
         for title, row in self.rows.items():
@@ -384,7 +385,7 @@ the hair under a hat, too.
             "features": self.judges.quality.name,
             "judges": self.judges.names,
             "copy of real photos": self.natural,
-            "dreambooth": dict(zip(("steps", "batch", "lr"), DEFAULTS["dreambooth", False])),
+            "methods": {name: method.describe() for name, method in self.plan.methods.items()},
             "settings": {name: str(value) for name, value in vars(self.plan.settings).items()},
             "rows": self.numbers,
             "differences": self.differences,

@@ -98,13 +98,13 @@ def list_changes(which):
     return [(f"w = {w:g}", w, {"guidance": w}) for w in guidances]
 
 
-def list_points(which, single, trained):
+def list_points(which, single, trained, training):
     """The rows of a sweep: {folder: Point}. Rows of trained adapters that were not given are left out.
 
-    trained: {name: files}, of each the first is taken.
+    trained: {name: files}, of each the first is taken; training: see table1.list_methods.
     """
     usual = {name: files[:1] for name, files in trained.items() if "strangers" not in name}
-    methods = list_methods(single, usual, which in CHOICES, chosen.DREAMBOOTH)
+    methods = list_methods(single, usual, which in CHOICES, training)
     methods = {name: trainings[0] for name, trainings in methods.items()}
     wanted = {
         "refs": ("max", "avg", BEST, "avg-trained"),
@@ -268,12 +268,15 @@ def make_points(which, args, device, single, trained):
         with first_alone():
             found = find_adapters(args.runs, device, BEST, "avg", strangers=STRANGERS)
         trained |= {f"{name}-strangers": [file] for name, file in found.items()}
-    return list_points(which, single, trained), {}
+    training = chosen.DREAMBOOTH if is_toy_world(args) else None
+    return list_points(which, single, trained, training), {}
 
 
 def make_sweep(which, args, out):
-    if which in ("people", "steps") and not is_toy_world(args):
-        raise ValueError(f"{which} trains adapters of the toy world: leave out other models and people")
+    if which in ("people", "steps", "dreambooth") and not is_toy_world(args):
+        raise ValueError(f"{which} trains in the toy world: leave out other models, people and adapters")
+    if which == "phi" and not (is_toy_world(args) or args.selfattn):
+        raise ValueError("phi varies self-attention: name its adapter with --selfattn")
     if which == "kinds" and args.data != "toy":
         raise ValueError("kinds draws toy people anew: it is not for photos, leave out --data")
     args.trainings = 1

@@ -212,8 +212,7 @@ def find_files(args, device, names):
         trained = {name: [] for name in names}
         with first_alone():
             for seed in range(args.trainings):
-                changes = {"seed": seed} if seed else {}
-                for name, file in find_adapters(args.runs, device, *names, **changes).items():
+                for name, file in find_adapters(args.runs, device, *names, seed=seed).items():
                     trained[name].append(file)
         return single, trained
     if not args.selfattn:

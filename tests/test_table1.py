@@ -60,7 +60,7 @@ def command(module, *words):
 
 def recipe(unet, **other):
     """What an adapter's file says of a training on `unet`."""
-    return {**dict.fromkeys(adapters.RECIPE, "1"), "base": digest(unet), **other}
+    return {**dict.fromkeys(adapters.RECIPE, "1"), "seed": "0", "base": digest(unet), **other}
 
 
 @pytest.fixture(scope="module")
@@ -626,7 +626,7 @@ def test_adapters_of_another_recipe_are_refused_and_missing_ones_trained_by_it(
     assert found["avg"] == file
     assert " ".join(calls[0][2:]) == (
         f"--agg avg --model {tiny_folder} --out {file.parent} --device cpu --resume "
-        "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 1 --precision 1 --init 1 --strangers 0.0")
+        "--data 1 --people 1 --steps 1 --batch 1 --lr 1 --seed 0 --precision 1 --init 1 --strangers 0.0")
     file.unlink()
     other = exam_folder / "runs/seed-1-strangers-0.5/avg/ip-adapter.safetensors"
     changed = recipe(unet, seed="1", strangers="0.5")
@@ -777,7 +777,7 @@ def test_table_of_several_trainings_has_every_method_at_its_own_w_and_at_the_com
         more = {"references": name} if name == "same-photo" else {}
         other = exam_folder / "runs/seed-1" / name / file.name
         other.parent.mkdir(parents=True)
-        adapter.save(other, recipe(unet, **more))  # of seed 1, as all of this small world
+        adapter.save(other, recipe(unet, seed="1", **more))
     monkeypatch.setattr(makers, "make_pictures", make_pictures)
     guidance = {name: 1.5 + k for k, name in enumerate(chosen.GUIDANCE)}
     monkeypatch.setattr(chosen, "GUIDANCE", guidance)
