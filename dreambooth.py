@@ -196,5 +196,3 @@ def add_lora(unet, rank, alpha=None, generator=None):
         updates.append(update)
         parametrize.register_parametrization(layer, "weight", update)  # layer.weight: update(W)
     return updates
-
-

@@ -197,7 +197,7 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     """The paper's section 3.5 (selfattn), and its controls: an adapter trained leave-one-out.
 
     init: the adapter file to start from; None: the one shipped in the folder `model`. data, people:
-    see data.load_people; strangers: see data.leave_one_out. Writes ip-adapter.safetensors, adapter.csv, curve.png and samples.png.
+    see data.load_people; strangers: leave_one_out. Writes the adapter, log and pictures.
     """
     device = options.device
     # The model, the adapter to start from, and digests of both for --resume.

@@ -1,8 +1,8 @@
 """Makers: a plan becomes folders of pictures. What is there already is not made again.
 
 Units of work are fixed by the plan: of an adapter a batch of successive pictures of the whole list,
-of DreamBooth a person, who is taught once for all its rows. So a run that was interrupted, or shared out by torchrun, makes the same
-pictures bit for bit.
+of DreamBooth a person, who is taught once for all its rows. So a run that was interrupted, or shared
+out by torchrun, makes the same pictures bit for bit.
 """
 
 import copy

@@ -7,9 +7,12 @@
 
 Rows of the paper: one photo, DreamBooth, max, average, self-attention. Controls: text alone, the
 average of normalised embeddings, the same leave-one-out training for other aggregators, training on
-the same photo, a perfect method (the scenes asked for, drawn anew), real photos. First a plan is
-written (plan.py), then pictures are made (makers.py), then folders are scored (scores.py). What was
-made before is not made again. torchrun shares the pictures out.
+the same photo, a perfect method (the scenes asked for, drawn anew), real photos. For toy people
+there are two tables: `table`, every method at its own w (chosen.py), and `table-common`, all at one.
+Rows of trained adapters are means over --trainings seeds.
+
+First a plan is written (plan.py), then pictures are made (makers.py), then folders are scored
+(scores.py). What was made before is not made again. torchrun shares the work out.
 """
 
 from dataclasses import replace
