@@ -125,8 +125,8 @@ def guide(eps_cond, eps_uncond, w):
 def rescale_guidance(eps_hat, eps_cond, phi):
     """φ·ε̂·σ(ε_cond)/σ(ε̂) + (1−φ)·ε̂   (Lin et al. 2023, eq. 14–16). Not in the paper.
 
-    Large w makes ε̂ longer than any ε is, and pictures too bright; φ = 1 gives every row (B, …) the
-    standard deviation of the conditional answer, φ = 0 changes nothing.
+    Large w can make ε̂ longer than any ε is, and pictures too bright; φ = 1 gives every row (B, …)
+    the standard deviation of the conditional answer, φ = 0 changes nothing.
     """
     over = tuple(range(1, eps_hat.ndim))
     ratio = eps_cond.std(over, keepdim=True) / eps_hat.std(over, keepdim=True)

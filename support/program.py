@@ -20,7 +20,6 @@ RANGES = {  # of the numbers on the command lines; a program may narrow them: Pa
     "lora_lr": (1e-9, 1),
     "prior_weight": (0, 1000),
     "strangers": (0, 1),
-    "rescale": (0, 1),
     "seed": (0, 2**32 - 1),  # NumPy takes no larger one
     "steps": (1, 10**7),
     "every": (1, 10**7),
