@@ -12,7 +12,7 @@ runs, all that the others trained is frozen:
     vae_decoder    its decoder alone: the latents stay as they are
     clip           the CLIP pair: photos and captions; of photographs also who it is
     feature_net    toys: FeatureNet, the judge (toyfaces/judge.py)
-    unet           text to image: eq. 1 without image tokens
+    unet           toys: text to image, eq. 1 without image tokens
     ip_adapter     toys: eq. 1, every photo its own and only reference, as the original IP-Adapter
     together       photographs: eq. 1 for UNet and adapter, another photo of the person as reference
 
@@ -29,7 +29,7 @@ import torch
 from data import Features
 from experiments.base_average import Average, average_task
 from experiments.base_data import (choose_people, embed_both_sides, encode_both_sides, list_prompts,
-                                   make_faces, pick_side, read_faces, write_corpus)
+                                   make_faces, read_faces, write_corpus)
 from experiments.base_identity import identity_task
 from experiments.base_networks import PHOTOS, make_tiny_world, make_world
 from experiments.base_pictures import save_round_trips, save_text_pictures
@@ -70,8 +70,7 @@ PHOTO_STAGES = {
     "vae_sharp": (6000, 16, 1e-3),
     "vae_decoder": (1500, 16, 5e-4),
     "clip": (6000, 128, 1e-3),
-    "unet": (8000, 64, 1e-3),
-    "together": (20000, 64, 5e-4),
+    "together": (20000, 64, 1e-3),
 }
 
 
@@ -158,10 +157,7 @@ def train_base(out, run, people):
         features = Features(sd, faces.people)
         held_features = Features(sd, held.people)
 
-    def pick_latents(i, generator):
-        return features.z_0[i]
-
-    run.train(unet_task(sd, pick_latents, faces, held_features, device), sd)
+    run.train(unet_task(sd, features.z_0, faces, held_features, device), sd)
     adapter = IPAdapter(sd.unet, features.embeds.shape[-1])
     task = adapter_task("ip_adapter", sd, adapter, features, held_features, device, alone=True)
     run.train(task, sd)
@@ -250,17 +246,10 @@ def train_photos(out, run, sources):
         latents = encode_both_sides(sd, faces.pixels)
         held_features = Features(sd, held.people)
 
-    def pick_latents(i, generator):
-        return pick_side(latents, i, generator)
-
-    task = unet_task(sd, pick_latents, faces, held_features, device, sources.gamma)
-    run.train_average(task, sd)
-    save_text_pictures(run.folder / "unet.png", sd, held.prompts)
-    if run.stop_after("unet"):
-        return
     branches = make_branches(sd, faces, held, held_features, sources, run.options)
     task = together_task(sd, branches, latents, faces, held, device, run.folder, sources.gamma)
     run.train_average(task, sd)
+    save_text_pictures(run.folder / "text.png", sd, held.prompts)
     with claim(out):
         files = {"clip": ADAPTER, "faces": FACE_ADAPTER}
         save_world(out, sd, {files[branch.name]: branch.adapter for branch in branches})
@@ -322,7 +311,7 @@ def parse_arguments():
         "reads it; for the first one it judges faces in validation")
     add("--judge", type=file_path, help="of experiments.base_judge: it judges the second adapter's")
     add("--min-snr", type=float, default=0.0, help="γ of the min-SNR weights; 0: all steps count alike")
-    add("--until", choices=["vae_decoder", "clip", "unet"], help="stop after this stage")
+    add("--until", choices=["vae_decoder", "clip"], help="stop after this stage")
     return parser.parse_args()
 
 

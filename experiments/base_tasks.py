@@ -220,27 +220,31 @@ def diffusion_loss(sd, z_0, t, eps, c_t, c_i, gamma=0.0):
     return (min_snr_weights(t, sd.schedule, gamma) * error).mean()
 
 
-def unet_task(sd, pick_latents, faces, held_features, device, gamma=0.0):
+def unet_task(sd, z_0, faces, held_features, device):
     """Eq. 1 without image tokens: text to image on captions, one in ten of them empty.
 
-    pick_latents(i, generator): the latents (B, C, h, w) of the photos i of `faces`. gamma: see
-    min_snr_weights. validation: eq. 1 on held-out people.
+    z_0 (n, C, h, w): the latents of `faces`. validation: eq. 1 on held-out people.
     """
 
     def loss(batch, generator):
         i = torch.randint(len(faces.pixels), (batch,), generator=generator)
-        z_0 = pick_latents(i, generator).to(device)
+        latents = z_0[i].to(device)
         rng = make_numpy_generator(generator)
         captions = []
         for k in i.tolist():
             is_named = rng.random() > 0.1
             captions.append(faces.write_caption(k, rng) if is_named else "")
         c_t = sd.encode_prompts(captions).float()
-        t, eps = draw_t_and_eps(sd, z_0, generator)
-        return diffusion_loss(sd, z_0, t, eps, c_t, None, gamma)
+        t, eps = draw_t_and_eps(sd, latents, generator)
+        return adapter_loss(sd.unet, latents, t, eps, c_t, None, sd.schedule)
+
+    return Task("unet", sd.unet, loss, validate_text_alone(sd, held_features, device))
+
+
+def validate_text_alone(sd, held_features, device):
+    """() -> eq. 1 without image tokens on held-out people, always with the same t and ε."""
 
     def make_no_tokens(embeds):
         return None
 
-    validate = fixed_validation(sd, held_features, make_no_tokens, device)
-    return Task("unet", sd.unet, loss, validate)
+    return fixed_validation(sd, held_features, make_no_tokens, device)

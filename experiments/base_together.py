@@ -3,8 +3,9 @@
     L = ‖ε − ε_θ(c_τ, c_i, t, z_t)‖²                                      (1)
 
 The reference is another photo of the same person, if there is one, else the photo itself. Each
-adapter reads the embeddings of another image encoder; the batch is shared out between them. After
-this stage the UNet is frozen for good, as the paper has it.
+adapter reads the embeddings of another image encoder; the batch is shared out between them. A quarter
+of it has no image tokens: the UNet must make portraits of its prompts alone too, from which DreamBooth
+starts. After this stage the UNet is frozen for good, as the paper has it.
 
 A frozen UNet that learned from prompts alone never used its cross-attention for who somebody is, and
 W'k and W'v could not teach it that in a few minutes.
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from experiments.base_data import pick_side
-from experiments.base_tasks import diffusion_loss
+from experiments.base_tasks import diffusion_loss, validate_text_alone
 from ip_adapter import IPAdapter, drop_conditions, generate
 from metrics import compare_people, rank_one
 from support.pictures import save_grid, to_tensor
@@ -60,21 +61,29 @@ def together_task(sd, branches, latents, faces, held, device, out, gamma=0.0):
     def loss(batch, generator):
         target = torch.randint(len(faces.pixels), (batch,), generator=generator)
         reference = faces.draw_partners(target, generator)
-        total = 0
-        for branch, rows in zip(branches, torch.arange(batch).chunk(len(branches))):
+        without, *parts = share_batch(batch, len(branches))
+        total = error_of(without, target, None, None, generator)
+        for branch, rows in zip(branches, parts):
             branch.adapter.lend(sd.unet)
-            z_0 = pick_side(latents, target[rows], generator).to(device)
-            embeds = pick_side(branch.embeds, reference[rows], generator).to(device)  # (b, E)
-            c_t = c_all[which[target[rows]].to(device)]
-            c_t, embeds = drop_conditions(c_t, embeds[:, None], null_c_t, 0.05, generator)
-            t, eps = draw_t_and_eps(sd, z_0, generator)
-            c_i = branch.adapter.tokens(embeds)
-            error = diffusion_loss(sd, z_0, t, eps, c_t, c_i, gamma)
-            total = total + error * len(rows) / batch
-        return total
+            total = total + error_of(rows, target, reference, branch, generator)
+        return total / batch
+
+    def error_of(rows, target, reference, branch, generator):
+        """Eq. 1 of these rows of the batch, summed up; branch None: without image tokens."""
+        z_0 = pick_side(latents, target[rows], generator).to(device)
+        c_t = c_all[which[target[rows]].to(device)]
+        embeds = torch.zeros(len(rows), 1, 1)
+        if branch:
+            embeds = pick_side(branch.embeds, reference[rows], generator)[:, None]  # (b, 1, E)
+        c_t, embeds = drop_conditions(c_t, embeds.to(device), null_c_t, 0.05, generator)
+        c_i = branch.adapter.tokens(embeds) if branch else None
+        t, eps = draw_t_and_eps(sd, z_0, generator)
+        return len(rows) * diffusion_loss(sd, z_0, t, eps, c_t, c_i, gamma)
 
     def validate():
         values = {}
+        validate_text = validate_text_alone(sd, branches[0].held, device)
+        text = validate_text()["validation"]
         for branch in branches:
             branch.adapter.lend(sd.unet)
             found = validate_branch(sd, branch, held, device, out)
@@ -82,9 +91,16 @@ def together_task(sd, branches, latents, faces, held, device, out, gamma=0.0):
                 values |= found
             else:
                 values |= {f"{branch.name} {name}": value for name, value in found.items()}
-        return values
+        return {**values, "text alone": text}
 
     return Task("together", make_module(sd.unet, branches), loss, validate)
+
+
+def share_batch(batch, branches):
+    """The rows of a batch: a quarter for the text alone, the rest in equal parts for the branches."""
+    rows = torch.arange(batch)
+    without = batch // 4
+    return [rows[:without], *rows[without:].chunk(branches)]
 
 
 def validate_branch(sd, branch, held, device, out):
@@ -102,7 +118,7 @@ def validate_branch(sd, branch, held, device, out):
 # ---------------------------------------------------------------- pictures of validation people
 
 
-def choose_portraits(held, people=24):
+def choose_portraits(held, people=48):
     """(P, 2): for each of the first validation people the reference and the photo of the prompt."""
     counts = torch.bincount(held.who)
     starts = counts.cumsum(0) - counts

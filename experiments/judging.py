@@ -1,6 +1,7 @@
 """Judges: what each of them says of the pictures of a folder of a plan.
 
-    quality   Inception, or FeatureNet for toy people      features and p(y|x): FID, KID, IS
+    quality   Inception, or FeatureNet for toy people,     features and p(y|x): FID, KID, IS
+              or nobody
     truth     FeatureNet, of photos that carry labels      right attributes: identity, prompt
     CLIP      the model's own encoders                     CLIP-I, copy, CLIP-T
     faces     MobileFaceNet, if its file is given          face identity, face copy, rank-1
@@ -18,7 +19,7 @@ from toyfaces.judge import FeatureNet, grade_features
 
 
 class Judges:
-    """All judges of a table. sd: the model, in float32 or half precision; quality, faces: judges."""
+    """All judges of a table. sd: the model, in float32 or half precision; quality, faces: judges or None."""
 
     def __init__(self, plan, sd, quality, faces=None):
         self.plan = plan
@@ -39,7 +40,7 @@ class Judges:
     @property
     def columns(self):
         """The columns that these judges fill."""
-        columns = ["FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑"]
+        columns = ["FID ↓", "KID ↓", "IS uniform ↑", "IS empirical ↑"] if self.quality else []
         if self.grades_truth:
             columns += ["identity ↑", "prompt ↑"]
         if self.faces:
@@ -52,7 +53,7 @@ class Judges:
     @property
     def names(self):
         """Who judged what, for the note of a table."""
-        text = [f"FID, KID and IS: {self.quality.name}"]
+        text = [f"FID, KID and IS: {self.quality.name}"] if self.quality else []
         text.append(f"{'CLIP-I, CLIP-T' if self.compares_text else 'CLIP-I'} and copy: the model's "
                     "own encoders, which the adapters read, too: that favours them over DreamBooth")
         if self.faces:
@@ -72,7 +73,7 @@ class Judges:
         for start in tqdm(starts, f"judging {flat[0].parts[-3]}", leave=False):
             pixels = to_tensor(read_pictures(flat[start : start + batch]))
             images = pixels.to(self.plan.settings.device)
-            if "quality" in judges:
+            if "quality" in judges and self.quality:
                 features, probs = self.quality.read(self.quality.resize(images))
                 found["features"].append(features.cpu())
                 found["probs"].append(probs.cpu())

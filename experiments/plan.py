@@ -233,8 +233,10 @@ def choose_subjects(source, size, settings, crop=None):
 
     source: "toy": of ToyFaces' seed 2, after the hundred of validation. A folder like LFW: of the
     held-out third (data.split), those with more than nine photos; the hundred that train.py
-    validates on come last, so that they are taken only if there are no others. For
-    settings.validation it is the hundred, and nobody else. crop: of a folder's photos.
+    validates on come last, so that they are taken only if there are no others. crop: of a folder's
+    photos.
+
+    settings.validation: of toy people the hundred, and nobody else.
     """
     if source == "toy":
         photos = REFERENCES + 2 * settings.n
@@ -245,8 +247,7 @@ def choose_subjects(source, size, settings, crop=None):
         people = ToyFaces(last, photos, size, seed=2).people[first:]
         return [Subject.choose(person, settings) for person in people]
     _, held_out = split(LFW(source, size, crop=crop).people)
-    known = held_out[:VALIDATION]
-    held_out = known if settings.validation else held_out[VALIDATION:] + known
+    held_out = held_out[VALIDATION:] + held_out[:VALIDATION]
     people = [person for person in held_out if len(person.photos) > REFERENCES]
     if len(people) < 2:
         needs = f"two people with at least {REFERENCES + 1} photos each are needed"

@@ -57,16 +57,20 @@ class Pictures:
     def __init__(self, seen, real, is_shuffled=False):
         self.seen = seen
         self.is_shuffled = is_shuffled
-        counts = [len(features) for features in seen["features"]]
-        self.people = [p for p, count in enumerate(counts) if count]
-        self.real = real["features"]
+        self.people = [p for p, embeds in enumerate(seen["embeds"]) if len(embeds)]
         self.real_faces = real.get("faces")
-        self.kid = StrangersKID(self.real, seen["features"])
+        if "features" in real:
+            self.prepare_distances(real["features"], seen["features"])
+
+    def prepare_distances(self, real, made):
+        """What FID and KID need, of the features of real photos and of these pictures."""
+        self.real = real
+        self.kid = StrangersKID(real, made)
         self.grouped_fid = None
         # A covariance a person costs more than it saves where these are large, or pictures are few.
         width = self.real[0].shape[1]
         if width <= MANY and min(len(self), sum(map(len, self.real))) > 2 * width:
-            gaussians = GroupedGaussian(self.real), GroupedGaussian(seen["features"])
+            gaussians = GroupedGaussian(self.real), GroupedGaussian(made)
             self.grouped_fid = GroupedFID(*gaussians)
 
     def pick(self, name, people):
@@ -107,7 +111,7 @@ class Pictures:
         return lambda people: float(sums[people].sum() / counts[people].sum())
 
     def __len__(self):
-        return sum(len(features) for features in self.seen["features"])
+        return sum(len(embeds) for embeds in self.seen["embeds"])
 
 
 class Row:
@@ -168,6 +172,15 @@ class Row:
         return self.average([measure(pictures) for pictures in self.trainings])
 
 
+OF_SETS = {  # columns that say something of all pictures together; of the others each is a mean
+    "FID ↓": Row.fid,
+    "KID ↓": Row.kid,
+    "IS uniform ↑": partial(Row.score, marginal="uniform"),
+    "IS empirical ↑": partial(Row.score, marginal="empirical"),
+    "face distance ↓": Row.face_distance,
+}
+
+
 class Table:
     """Scores folders, prints every row at once, and keeps all for table.md and table.json.
 
@@ -221,6 +234,8 @@ class Table:
 
     def share_distances(self, folders):
         """Measure the FIDs of the folders of methods, shared out among the processes of torchrun."""
+        if not self.judges.quality:
+            return
         for folder in folders[rank() :: world_size()]:
             self.read_folder(folder).measure_draws()
         barrier()
@@ -265,20 +280,13 @@ class Table:
         if row is None or len(row.people) < 2:
             print(f"note: fewer than two people have pictures for the row: {title}")
             return None
-        scores = {
-            "FID ↓": row.fid,
-            "KID ↓": row.kid,
-            "IS uniform ↑": partial(row.score, "uniform"),
-            "IS empirical ↑": partial(row.score, "empirical"),
-            "face distance ↓": row.face_distance,
-        }
         numbers = {}
         for column in self.judges.columns:
-            if row.is_shuffled and column in scores:
+            if row.is_shuffled and column in OF_SETS:
                 numbers[column] = None  # the real photos themselves, in another order
                 continue
-            statistic = scores[column]() if column in scores else self.measure_mean(row, column)
-            draws = self.fid_draws if column == "FID ↓" else DRAWS
+            statistic = self.measure(row, column)
+            draws = self.count_draws(column)
             numbers[column] = self.estimate(row.people, row.runs, statistic, draws)
         numbers["w"] = w if w is None else f"{w:g}"
         numbers["trainings"] = len(row.trainings)
@@ -293,13 +301,18 @@ class Table:
         self.print_line(title, *map(format_cell, numbers.values()))
         return numbers
 
-    def measure_mean(self, row, column):
+    def measure(self, row, column):
+        """statistic(people, runs) of a column."""
+        if column in OF_SETS:
+            return OF_SETS[column](row)
         mean = row.mean(column)
         usual = self.natural.get(column, 0)
         return lambda *drawn: mean(*drawn) - usual
 
-    @property
-    def fid_draws(self):
+    def count_draws(self, column):
+        """Draws of the bootstrap for a column."""
+        if column != "FID ↓" or not self.judges.quality:
+            return DRAWS
         width = self.judges.held["features"][0].shape[1]
         return DRAWS if width <= MANY else FEW_DRAWS
 
@@ -314,7 +327,7 @@ class Table:
 
         They are narrower than those of each alone: all methods have the same people and noise.
         """
-        columns = ("FID ↓", self.identity_column)
+        columns = (self.distance_column, self.identity_column)
         names = [column.removesuffix(" ↓").removesuffix(" ↑") for column in columns]
         self.lines += ["", f"| minus {best} | {' | '.join(names)} |", "|---|---|---|"]
         of_best = self.rows[best]
@@ -322,10 +335,11 @@ class Table:
             if title == best or row.is_shuffled:
                 continue
             runs = max(row.runs, of_best.runs, key=len)
-            by_fid = subtract(row.fid(), of_best.fid())
-            by_identity = subtract(row.mean(columns[1]), of_best.mean(columns[1]))
-            cells = (self.estimate(row.people, runs, by_fid, self.fid_draws),
-                     self.estimate(row.people, runs, by_identity))
+            cells = []
+            for column in columns:
+                difference = subtract(self.measure(row, column), self.measure(of_best, column))
+                draws = self.count_draws(column)
+                cells.append(self.estimate(row.people, runs, difference, draws))
             self.differences[title] = dict(zip(columns, cells))
             self.print_line(title, *map(format_cell, cells))
 
@@ -333,16 +347,24 @@ class Table:
         """FID and identity of each training of the rows that have several: how much is luck."""
         if not any(row.runs for row in self.rows.values()):
             return
-        columns = ("FID ↓", self.identity_column)
+        columns = (self.distance_column, self.identity_column)
         self.lines += ["", f"| each training | {' | '.join(columns)} |", "|---|---|---|"]
         for title, row in self.rows.items():
             if not row.runs:
                 continue
             cells = []
-            for statistic in (row.fid(), row.mean(columns[1])):
+            for column in columns:
+                statistic = self.measure(row, column)
                 values = [statistic(row.people, [run]) for run in row.runs]
                 cells.append(", ".join(map(format_cell, values)))
             self.print_line(title, *cells)
+
+    @property
+    def distance_column(self):
+        """FID, or without its judge the Fréchet distance of faces."""
+        for column in ("FID ↓", "face distance ↓"):
+            if column in self.columns:
+                return column
 
     @property
     def identity_column(self):
@@ -356,19 +378,22 @@ class Table:
         settings = self.plan.settings
         judges = "\n".join(f"- {text}." for text in self.judges.names)
         copies = ", ".join(f"{column}: {value:.3f}" for column, value in self.natural.items())
+        people = len(self.plan.subjects)
         return f"""
-`{command}`: {len(self.plan.subjects)} people never seen in training,
+`{command}`: {people} people never seen in training,
 {settings.photos} prompts each, {settings.seeds} pictures a prompt,
 {settings.steps} steps, seed {settings.seed}; w is that of eq. 11.
 {judges}
 In brackets: 95 % intervals over people and, of rows of several trainings, over these too: both are
-drawn anew, with replacement, in each of {DRAWS} draws (of FID {self.fid_draws}). Numbers of such rows
-are means over the trainings.
+drawn anew, with replacement, in each of {DRAWS} draws (of FID {self.count_draws("FID ↓")}). Numbers of
+such rows are means over the trainings.
 FID is to held-out photos of the same people, which have the scenes of the prompts; FeatureNet's
 does not see blur and noise. KID leaves out pairs of one person. Identity, prompt: right attributes
 among those that the prompt leaves visible. CLIP-I, face identity: cosine to the person's other
-held-out photos. Face distance: Fréchet, of the features of the judge of faces, to the same photos as
-FID; no FID of papers. Copy: cosine to the nearest reference minus that, shown minus what other real
+held-out photos. Rank-1: the share of pictures that are nearer to their own person's photos than to
+anybody else's of the {people}; by chance {1 / people:.3f}. Face distance: Fréchet, of the features of
+the judge of faces, to the held-out photos; no FID of papers. Copy: cosine to the nearest reference
+minus CLIP-I, or minus face identity, shown minus what other real
 photos score ({copies or "there are none"}). DreamBooth's seconds include
 fine-tuning, and a share of the class pictures if these were not there yet. IS counts a guess for
 the hair under a hat, too.
@@ -382,7 +407,7 @@ the hair under a hat, too.
         note = self.write_note(command)
         content = {
             "command": command,
-            "features": self.judges.quality.name,
+            "features": self.judges.quality and self.judges.quality.name,
             "judges": self.judges.names,
             "copy of real photos": self.natural,
             "methods": {name: method.describe() for name, method in self.plan.methods.items()},

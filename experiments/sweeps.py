@@ -8,7 +8,8 @@ On the people of the tables:
     python -m experiments.sweeps people       how many people the adapter was trained on, 50 to 1,600
     python -m experiments.sweeps steps        how many steps it was trained for, 0 to 800
 
-By these, things are chosen (chosen.py has the rules), so they take people of validation:
+By these, things are chosen (chosen.py has the rules), so they take people of validation. (Those of a
+folder of photos are too few for that: there they show the people of the table, and choose nothing.)
 
     python -m experiments.sweeps dreambooth   recipes of DreamBooth
     python -m experiments.sweeps w            the guidance w of every method of the table, 1 to 6
@@ -204,20 +205,22 @@ def choose(table, points, names):
 
     They are printed and kept in the table. names: curves that share a choice, all with the same x.
     """
-    column = "FID ↓"
+    column = table.distance_column
     curves = {}
     for point in points.values():
         value = table.numbers[point.method.title][column][0]
         curves.setdefault(point.name, {})[point.x] = value
     table.lines.append("")
+    table.print_line("chosen for", "w", column)
+    table.print_line(*["---"] * 3)
     for name, curve in curves.items():
         best = min(curve, key=curve.get)
-        table.print_line("chosen", name, f"{best:g}", f"{column} {curve[best]:.2f}")
+        table.print_line(name, f"{best:g}", f"{curve[best]:.2f}")
     shared = [curves[name] for name in names if name in curves]
     if shared:
         means = {x: sum(curve[x] for curve in shared) / len(shared) for x in shared[0]}
         best = min(means, key=means.get)
-        table.print_line("chosen", "common", f"{best:g}", f"mean {column} {means[best]:.2f}")
+        table.print_line("all of the paper", f"{best:g}", f"mean {means[best]:.2f}")
 
 
 def print_bright(table, plan, points):
@@ -230,7 +233,9 @@ def print_bright(table, plan, points):
     people = range(len(plan.subjects))
     table.lines.append("")
     real = [file for p in people for file in plan.photo_files(p)["real"][0]]
-    table.print_line("nearly white, percent", f"real photos: {100 * measure(real):.2f}")
+    table.print_line("pictures", "nearly white pixels, %")
+    table.print_line(*["---"] * 2)
+    table.print_line("real photos", f"{100 * measure(real):.2f}")
     for folder, point in points.items():
         made = [file for p in people for file in plan.files(folder, p)]
         table.print_line(point.method.title, f"{100 * measure(made):.2f}")
@@ -246,9 +251,11 @@ def draw_curves(which, table, points, path):
             if point.name == "text only":
                 continue  # so far away that it would push the others together
             numbers = table.numbers[point.method.title]
-            spot = (f"{point.x:g}", numbers["FID ↓"], numbers.get("prompt ↑"), numbers[column])
+            quality = numbers[table.distance_column]
+            spot = (f"{point.x:g}", quality, numbers.get("prompt ↑"), numbers[column])
             paths.setdefault(point.name, []).append(spot)
-        plot_paths(path, paths, ("FID ↓", "prompt ↑"), column, "numbers: w; thin lines: 95 % intervals")
+        columns = (table.distance_column, "prompt ↑")
+        plot_paths(path, paths, columns, column, "numbers: w; thin lines: 95 % intervals")
     else:
         curves = {}
         for point in points.values():
@@ -281,7 +288,8 @@ def make_sweep(which, args, out):
         raise ValueError("kinds draws toy people anew: it is not for photos, leave out --data")
     args.trainings = 1
     names = (BEST, *TRAINED.get(which, ()))
-    judges, sd, plan, single, trained = prepare(args, out, names, which in CHOICES)
+    chooses = which in CHOICES and args.data == "toy"
+    judges, sd, plan, single, trained = prepare(args, out, names, validation=chooses)
     points, logs = make_points(which, args, plan.settings.device, single, trained)
     plan.methods = {folder: point.method for folder, point in points.items()}
     Maker(plan, sd).make()
@@ -295,9 +303,10 @@ def make_sweep(which, args, out):
     if logs:
         print_bands(table, logs)
     if which in CHOICES:
-        for column in ("FID ↓", table.identity_column, "prompt ↑"):
+        for column in (table.distance_column, table.identity_column, "prompt ↑"):
             if column in table.columns:
                 print_matrix(table, points, column)
+    if chooses:
         paper = [point.name for folder, point in points.items() if folder.split("-w-")[0] in PAPER]
         choose(table, points, list(dict.fromkeys(paper)) if which == "w" else [])
     if which == "phi":

@@ -124,9 +124,9 @@ def save_plane(table, path):
     for title, numbers in table.numbers.items():
         # Photos have no w; text only is so far away that it would push the others together.
         if numbers["w"] is not None and title != "text only":
-            points[title] = (numbers["FID ↓"], numbers[table.identity_column])
+            points[title] = (numbers[table.distance_column], numbers[table.identity_column])
     title = "Table 1: further up and left is better"
-    plot_plane(path, points, "FID ↓", table.identity_column, title)
+    plot_plane(path, points, table.distance_column, table.identity_column, title)
 
 
 # ---------------------------------------------------------------- command line
@@ -160,8 +160,8 @@ def add_exam_arguments(parser):
         "from it, the paper's method; several: trained with other seeds")
     add("--trained", type=file_path, nargs="+", default=[], help="more of them, with other aggregators")
     add("--data", default="toy", help="toy, or a folder with one folder of photos a person")
-    add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth, or toy: "
-        "FeatureNet (default: toy for toy people, else from torch.hub)")
+    add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth; toy: FeatureNet; "
+        "none: with --faces, no FID, KID and IS (default: toy for toy people, else from torch.hub)")
     add("--faces", metavar="FILE", help="mobilefacenet.pt of foamliu/MobileFaceNet, or the judge of "
         "experiments.base_judge, for adapters that read MobileFaceNet")
     add("--face-box", help="with --faces: deep-funneled, whole, or left,top,right,bottom in "
@@ -191,13 +191,17 @@ def is_toy_world(args):
 
 
 def load_judges(args, device):
-    """The judge of quality and that of faces or None."""
+    """The judge of quality and that of faces, or None. ValueError if both are."""
     quality = args.inception
     if quality is None and args.data == "toy":
         quality = "toy"
     faces = None
     if args.faces:
         faces = load_face_judge(args.faces, args.face_box or name_face_box(args.model), device)
+    if quality == "none":
+        if not faces:
+            raise ValueError("--inception none leaves nobody to judge the pictures: name --faces")
+        return None, faces
     return load_judge(quality, device=device), faces
 
 

@@ -383,9 +383,9 @@ def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_fi
     out = capsys.readouterr().out
     assert "vae: validation" in out and "together: validation" in out
     log = (base.PHOTO_RUNS / "together.csv").read_text().splitlines()
-    assert len(log) == 3 and {"identity", "rank-1", "faces validation"} <= set(log[0].split(","))
+    assert len(log) == 3 and {"identity", "rank-1", "faces validation", "text alone"} <= set(log[0].split(","))
     assert {file.name for file in base.PHOTO_RUNS.glob("*.png")} == {
-        "vae.png", "unet.png", "together-clip.png", "together-faces.png"}
+        "vae.png", "text.png", "together-clip.png", "together-faces.png"}
 
     # Used: sample.py with both adapters, each with its own encoder.
     files = sorted(portraits.glob("*9/*.jpg"))[:2]
@@ -407,7 +407,7 @@ def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_fi
     assert "--resume" in capsys.readouterr().err
 
 
-def test_unet_and_both_adapters_learn_together(cut_model, portraits, face_file, workdir):
+def test_unet_and_both_adapters_learn_together(cut_model, portraits, face_file, workdir, monkeypatch):
     sd = StableDiffusion.load(cut_model)
     learned, held_out = base_data.choose_people(portraits, 64, CROP)
     faces, held = base_data.read_faces(learned), base_data.read_faces(held_out)
@@ -426,6 +426,17 @@ def test_unet_and_both_adapters_learn_together(cut_model, portraits, face_file, 
     for name in ("unet.conv_in.weight", "clip.image_proj.proj.weight", "faces.image_proj.proj.weight",
                  "clip.ip_adapter.1.to_v_ip.weight", "faces.ip_adapter.1.to_v_ip.weight"):
         assert name in moved
+
+    # A quarter of the batch has the prompt alone: that is what the loss is without adapters' tokens.
+    parts = base_together.share_batch(64, 2)
+    assert [len(rows) for rows in parts] == [16, 24, 24]
+    assert torch.cat(parts).tolist() == list(range(64))
+    with torch.no_grad():
+        seen = []
+        monkeypatch.setattr(base_together, "diffusion_loss", lambda sd, z_0, t, eps, c_t, c_i, gamma: seen.append(
+            (len(z_0), c_i is None)) or torch.ones(()))
+        assert task.loss(64, torch.Generator().manual_seed(0)) == 1  # the mean over the rows
+    assert seen == [(16, True), (24, False), (24, False)]
 
 
 def test_identity_is_of_the_persons_other_photos(faces):

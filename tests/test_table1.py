@@ -446,6 +446,19 @@ def test_table_of_photos_has_all_rows_and_with_a_face_file_its_columns(
     assert list(fewer) == [title for title in rows if title != "DreamBooth"]
     assert list(fewer[BEST]) == columns + rest and fewer[BEST]["FID ↓"] == rows[BEST]["FID ↓"]
 
+    # Without Inception: that judge alone, whose distance takes FID's place.
+    photo_words[photo_words.index("toy")] = "none"
+    code, _, line = command(table1, *photo_words, *faces)
+    assert code == 0, line
+    text, said = read_table(exam_folder)
+    assert all(list(row) == of_faces + rest for row in said["rows"].values()) and said["features"] is None
+    same = [title for title in rows if title != "DreamBooth"]
+    assert all(said["rows"][title][column] == rows[title][column] for title in same for column in of_faces)
+    assert f"minus {BEST} | face distance | face identity" in text
+    assert set(said["differences"][PAPER[0]]) == {"face distance ↓", "face identity ↑"}
+    code, _, line = command(table1, *photo_words)
+    assert code == 2 and "--inception none leaves nobody to judge" in line and "--faces" in line
+
 
 def test_people_of_a_folder_are_held_out_and_asked_for_their_own_scenes(people_folder):
     settings = plan.Settings(torch.device("cpu"), "fp32", 2, 2, 2)
@@ -729,6 +742,24 @@ def test_sweep_varies_only_the_references_or_lam_or_phi(which, rows, first, exam
         assert all(any(torch.equal(e, given) for given in whole[0, :n]) for e in embeds[0])  # bootstrapped
 
 
+def test_sweep_of_w_on_photos_shows_the_people_of_the_table_and_chooses_nothing(
+        photo_words, exam_folder, monkeypatch):
+    def make_pictures(sd, prompts, settings, *rest):
+        return torch.full((len(prompts), 3, 64, 64), int(20 * settings.guidance), dtype=torch.uint8)
+
+    monkeypatch.setattr(makers, "make_pictures", make_pictures)
+    monkeypatch.setattr(sweeps, "list_methods", lambda single, trained, *rest: table1.list_methods(
+        single, trained, False))
+    monkeypatch.setattr(scores, "DRAWS", 20)
+    code, _, line = command(sweeps, "w", *photo_words)
+    assert code == 0, line
+    text, said = read_table(exam_folder, "sweep-w/sweep_w")
+    assert "chosen" not in text and len(said["rows"]) == 5 * len(sweeps.GUIDANCES)
+    asked = json.loads((exam_folder / "runs/table/sweep-w/plan.json").read_text())
+    _, held_out = plan.split(plan.LFW(photo_words[photo_words.index("--data") + 1], 64).people)
+    assert set(asked["persons"]) <= {person.name for person in held_out} and not asked["validation"]
+
+
 def test_sweep_of_kinds_changes_only_what_the_references_hide_or_whose_they_are(
         exam_folder, tiny_folder, asked):
     for agg in ("selfattn", "avg"):
@@ -850,18 +881,13 @@ def test_dreambooth_teaches_a_person_once_for_all_w(world, workdir, monkeypatch)
     assert seconds[1] > 0.5 * seconds[0]  # both hold the time of teaching
 
 
-def test_what_is_chosen_is_chosen_on_validation_people(monkeypatch):
+def test_what_is_chosen_is_chosen_on_validation_people():
     settings = plan.Settings(torch.device("cpu"), "fp32", people=3, validation=True)
     names = [subject.name for subject in plan.choose_subjects("toy", 64, settings)]
     assert names == ["toy_00000", "toy_00001", "toy_00002"]  # of seed 2, whose first hundred validate
     assert plan.choose_subjects("toy", 64, replace(settings, validation=False))[0].name == "toy_00100"
     with pytest.raises(ValueError, match="--people 101: there are 100"):
         plan.choose_subjects("toy", 64, replace(settings, people=101))
-    crowd = [plan.Person(str(k), "man", [None] * 10) for k in range(309)]
-    monkeypatch.setattr(plan, "LFW", lambda source, size, crop: SimpleNamespace(people=crowd))
-    _, held_out = plan.split(crowd)
-    subjects = plan.choose_subjects("folder", 64, replace(settings, people=1000))
-    assert [subject.person for subject in subjects] == held_out[:100]
     assert set(sweeps.CHOICES) == {"dreambooth", "w", "phi"}
     assert set(chosen.GUIDANCE) == set(table1.list_methods(
         None, {name: [None] for name in ("selfattn", "max", "avg", "concat", "same-photo")}, True))
@@ -870,13 +896,13 @@ def test_what_is_chosen_is_chosen_on_validation_people(monkeypatch):
 def test_the_rule_takes_the_lowest_fid_of_a_curve_and_the_lowest_mean_of_all():
     fids = {("a", 1.0): 5.0, ("a", 2.0): 3.0, ("a", 4.0): 4.0, ("b", 1.0): 9.0, ("b", 2.0): 8.0, ("b", 4.0): 6.0}
     points = {}
-    table = SimpleNamespace(numbers={}, lines=[], said=[])
+    table = SimpleNamespace(numbers={}, lines=[], said=[], distance_column="FID ↓")
     table.print_line = lambda *cells: table.said.append(cells)
     for (name, x), value in fids.items():
         points[f"{name}{x}"] = sweeps.Point(name, str(x), x, plan.Method(f"{name}; {x}"))
         table.numbers[f"{name}; {x}"] = {"FID ↓": (value, 0, 99)}
     sweeps.choose(table, points, ["a", "b"])
-    assert [cells[1:3] for cells in table.said] == [("a", "2"), ("b", "4"), ("common", "4")]
+    assert [cells[:2] for cells in table.said[2:]] == [("a", "2"), ("b", "4"), ("all of the paper", "4")]
 
 
 def test_accessories_of_the_sweep_are_those_of_the_drawing():
