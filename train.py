@@ -193,11 +193,11 @@ def adapter_task(name, sd, adapter, features, held, device, alone=False, strange
 
 
 def train_adapter(out, options, model, agg, data, people, init=None, image_encoder=None,
-                  strangers=0.0):
+                  strangers=0.0, alone=False):
     """The paper's section 3.5 (selfattn), and its controls: an adapter trained leave-one-out.
 
     init: the adapter file to start from; None: the one shipped in the folder `model`. data, people:
-    see data.load_people; strangers: leave_one_out. Writes the adapter, log and pictures.
+    see data.load_people; strangers, alone: adapter_task. Writes the adapter, log and pictures.
     """
     device = options.device
     # The model, the adapter to start from, and digests of both for --resume.
@@ -216,8 +216,9 @@ def train_adapter(out, options, model, agg, data, people, init=None, image_encod
     vae = sd.vae
     features, held = encode_people(sd, learned, held_out, encoders, options)
     sd.unet.gradient_checkpointing = options.checkpointing
-    task = adapter_task("adapter", sd, adapter, features, held, device, strangers=strangers)
+    task = adapter_task("adapter", sd, adapter, features, held, device, alone, strangers)
     beyond = {"strangers": strangers} if strangers else {}  # of the paper
+    beyond |= {"references": "same-photo"} if alone else {}
     rows = fit(task, out, options, dict(agg=agg, people=people, base=base, photos=photos, **beyond))
     if not is_first():
         return

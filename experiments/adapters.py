@@ -1,25 +1,24 @@
 """The adapters that tables compare: all trained by one recipe, the missing ones are trained now.
 
 The toy world's are made by train.py, into runs/<aggregator>, and those that differ in an option into
-folders that say so: runs/seed-1/avg, runs/people-50/selfattn. One more control is made here:
-same-photo, the single-image adapter trained on as IP-Adapter is, for the same budget. Every photo is
-its own and only reference, so the difference to the others is leave-one-out.
+folders that say so: runs/seed-1/avg, runs/people-50/selfattn; those of photographs (weights/photos)
+into the same folders in runs/photos. One more control is made here: same-photo, the single-image
+adapter trained on as IP-Adapter is, for the same budget. Every photo is its own and only reference,
+so the difference to the others is leave-one-out.
 """
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data import Features, load_people
-from ip_adapter import IPAdapter
-from support.checkpoints import TINY, digest_encoders, read_adapter
-from support.devices import autocast
+from support.checkpoints import PHOTOS, TINY, read_adapter
 from support.distributed import environment_alone
-from support.files import digest, digest_file
-from support.history import report
-from train import Options, adapter_task, fit
+from support.files import digest
+from train import Options
+from train import train_adapter as train_here
 from unet import StableDiffusion
 
 OPTIONS = ("data", "people", "steps", "batch", "lr", "seed", "precision", "init")  # of train.py
@@ -30,17 +29,50 @@ STRANGERS = 0.5  # the probability with which adapters met strangers in training
 ADAPTER_FILE = "ip-adapter.safetensors"
 
 
-def find_adapters(runs, device, *names, **changes):
+@dataclass(frozen=True)
+class World:
+    """A model that ships with this code, and the people whom its adapters are trained on.
+
+    data: "toy" or a folder; image_encoder: the file of a face recogniser, None: the model's own.
+    """
+
+    model: Path
+    data: str
+    image_encoder: str = None
+
+    @property
+    def is_toys(self):
+        return self.data == "toy"
+
+    def find_folder(self, runs):
+        """Where its adapters lie: of the toy world in `runs` itself."""
+        if self.is_toys:
+            return runs
+        return runs / ("photos-faces" if self.image_encoder else "photos")
+
+
+def find_world(model, data, image_encoder=None):
+    """The World of a model's folder, and of people as --data says; None: it is no shipped one."""
+    if Path(model).resolve() == TINY.resolve() and data == "toy":
+        return World(TINY, data)
+    if Path(model).resolve() == PHOTOS.resolve() and data != "toy":
+        return World(PHOTOS, data, image_encoder)
+    return None
+
+
+def find_adapters(runs, device, *names, world=None, **changes):
     """{name: its file in the folder `runs`}, trained if it is missing.
 
-    names: of aggregators, or same-photo. changes: options of train.py that are not those of
-    runs/selfattn, such as seed=1. ValueError unless all were trained on the weights of weights/tiny,
-    by the recipe of runs/selfattn but for the changes.
+    names: of aggregators, or same-photo. world: None: the toy world. changes: options of train.py that are not those of
+    runs/selfattn, such as seed=1. ValueError unless all were trained on the weights of the world's
+    model, by the recipe of runs/selfattn but for the changes.
     """
-    unet = StableDiffusion.load(TINY).unet
+    world = world or World(TINY, "toy")
+    runs = world.find_folder(runs)
+    unet = StableDiffusion.load(world.model).unet
     best = runs / BEST / ADAPTER_FILE
     if not best.is_file():
-        train_adapter(best, BEST, device, {})
+        train_adapter(best, BEST, device, world, {"data": world.data})
     recipe = read_recipe(best)
     check_recipe(best, recipe, unet)
     usual = dict(recipe)
@@ -50,9 +82,9 @@ def find_adapters(runs, device, *names, **changes):
     files = {name: folder / name / ADAPTER_FILE for name in names}
     for name, file in files.items():
         if not file.is_file() and name == SAME_PHOTO:
-            train_on_itself(file, device, recipe)
+            train_on_itself(file, device, world, recipe)
         elif not file.is_file():
-            train_adapter(file, name, device, recipe)
+            train_adapter(file, name, device, world, recipe)
         check_recipe(file, recipe, unet)
     return files
 
@@ -96,11 +128,13 @@ def list_given(wanted, best, others):
     return found
 
 
-def train_adapter(file, agg, device, recipe):
+def train_adapter(file, agg, device, world, recipe):
     """Run train.py with the options of `recipe`; Ctrl-C leaves its checkpoint."""
     program = Path(__file__).parent.parent / "train.py"
-    words = [sys.executable, program, "--agg", agg, "--model", TINY, "--out", file.parent]
+    words = [sys.executable, program, "--agg", agg, "--model", world.model, "--out", file.parent]
     words += ["--device", device, "--resume"]
+    if world.image_encoder:
+        words += ["--image-encoder", world.image_encoder]
     for option, value in recipe.items():
         if option != "base":
             words += [f"--{option}", value]
@@ -117,25 +151,13 @@ def train_adapter(file, agg, device, recipe):
         raise ValueError(f"{file} is missing, and training it failed; {hint}")
 
 
-def train_on_itself(file, device, recipe):
+def train_on_itself(file, device, world, recipe):
     """same-photo, with the options of `recipe`; Ctrl-C leaves a checkpoint that is gone on from."""
     steps, batch, people = int(recipe["steps"]), int(recipe["batch"]), int(recipe["people"])
     options = Options(torch.device(device), recipe["precision"], steps, batch,
                       float(recipe["lr"]), seed=int(recipe["seed"]), resume=True)
-    init = Path(recipe["init"])
-    sd = StableDiffusion.load(TINY, device)
-    adapter = IPAdapter.load(init, sd.unet)
-    base = f"{digest(sd.unet)} {digest_encoders(sd)} {digest_file(init)}"
-    learned, held_out = load_people(recipe["data"], sd.image_size, people)
-    with autocast(options.device, options.precision):
-        features = Features(sd, learned)
-        held = Features(sd, held_out)
-    task = adapter_task("adapter", sd, adapter, features, held, options.device, alone=True)
-    settings = dict(agg=adapter.agg, people=people, base=base, references=SAME_PHOTO)
-    rows = fit(task, file.parent, options, settings)
-    facts = {key: value for key, value in recipe.items() if key != "strangers"}
-    adapter.save(file, {**facts, "base": base, "references": SAME_PHOTO})
-    report(rows, file.parent, "adapter, trained on the same photo", file)
+    train_here(file.parent, options, str(world.model), "none", recipe["data"], people,
+               Path(recipe["init"]), world.image_encoder, alone=True)
 
 
 def check_recipe(file, recipe, unet):

@@ -31,13 +31,13 @@ from experiments.base_average import Average, average_task
 from experiments.base_data import (choose_people, embed_both_sides, encode_both_sides, list_prompts,
                                    make_faces, read_faces, write_corpus)
 from experiments.base_identity import identity_task
-from experiments.base_networks import PHOTOS, make_tiny_world, make_world
+from experiments.base_networks import PHOTO_SIZES, make_tiny_world, make_world
 from experiments.base_pictures import save_round_trips, save_text_pictures
 from experiments.base_tasks import (clip_task, feature_net_task, measure_scaling_factor, unet_task,
                                     vae_task)
 from experiments.base_together import Branch, together_task
 from ip_adapter import IPAdapter
-from support.checkpoints import ADAPTER, FACE_ADAPTER, TINY
+from support.checkpoints import ADAPTER, FACE_ADAPTER, PHOTOS, TINY
 from support.claim import claim
 from support.crops import parse_crop
 from support.devices import autocast, pick_device, pick_precision
@@ -259,7 +259,7 @@ def train_photos(out, run, sources):
 
 def make_photo_world(faces, crop, device):
     """A StableDiffusion of the size of weights/photos with random weights, which knows its crop."""
-    sd = make_world(PHOTOS, list_prompts(faces.prompts), device)
+    sd = make_world(PHOTO_SIZES, list_prompts(faces.prompts), device)
     cut = crop.describe() if crop else {}
     sd.preprocessor = {**sd.preprocessor, **cut}
     return sd
@@ -344,7 +344,7 @@ def main():
     )
     torch.manual_seed(args.seed)
     is_toy = args.data == "toy"
-    out = args.out or (TINY if is_toy else TINY.parent / "photos")
+    out = args.out or (TINY if is_toy else PHOTOS)
     if is_toy:
         check_writable(out)
         with claim(RUNS):

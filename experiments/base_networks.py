@@ -57,8 +57,8 @@ class Sizes:
     unet_heads: int
 
 
-TOYS = Sizes([32, 64, 64], 128, 4, 160, 4, 5, [64, 128], 4)
-PHOTOS = Sizes([32, 64, 96], 160, 5, 160, 5, 5, [80, 160], 5)
+TOY_SIZES = Sizes([32, 64, 64], 128, 4, 160, 4, 5, [64, 128], 4)
+PHOTO_SIZES = Sizes([32, 64, 96], 160, 5, 160, 5, 5, [80, 160], 5)
 
 
 def make_vae(sizes):
@@ -156,7 +156,7 @@ def make_world(sizes, captions, device):
 
 def make_tiny_world(captions, device):
     """`make_world` of the size of weights/tiny."""
-    return make_world(TOYS, captions, device)
+    return make_world(TOY_SIZES, captions, device)
 
 
 def sine_positions(side, width):

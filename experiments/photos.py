@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.checkpoints import TINY
+from support.checkpoints import is_shipped
 from support.devices import DTYPE, autocast
 from support.pictures import load_image, open_photos, save_image, to_bytes, to_images, to_tensor
 from toyfaces.drawing import draw_face
@@ -16,12 +16,11 @@ BATCH = 64  # photos to encode at once, of the tiny world; of Stable Diffusion o
 
 
 def load_for_pictures(model, settings, image_encoder=None):
-    """The checkpoint as its pictures are made: the tiny one in float32, under autocast.
+    """The checkpoint as its pictures are made: the small ones in float32, under autocast.
 
     Others have weights of `settings.precision`, as in sample.py: half the memory.
     """
-    is_tiny = Path(model).resolve() == TINY.resolve()
-    dtype = torch.float32 if is_tiny else DTYPE[settings.precision]
+    dtype = torch.float32 if is_shipped(model) else DTYPE[settings.precision]
     return StableDiffusion.load(model, settings.device, dtype, image_encoder)
 
 

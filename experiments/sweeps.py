@@ -27,8 +27,8 @@ from experiments.makers import Maker
 from experiments.photos import read_pictures
 from experiments.plan import Method
 from experiments.scores import Table, format_cell
-from experiments.table1 import (add_exam_arguments, is_toy_world, list_methods, list_trainings,
-                                prepare)
+from experiments.table1 import (add_exam_arguments, choose_world, is_toy_world, list_methods,
+                                list_trainings, prepare)
 from support.claim import claim
 from support.distributed import first_alone, is_first, processes, world_size
 from support.plots import plot_curves, plot_paths
@@ -275,14 +275,14 @@ def make_points(which, args, device, single, trained):
         with first_alone():
             found = find_adapters(args.runs, device, BEST, "avg", strangers=STRANGERS)
         trained |= {f"{name}-strangers": [file] for name, file in found.items()}
-    training = chosen.DREAMBOOTH if is_toy_world(args) else None
+    training = chosen.DREAMBOOTH if choose_world(args) else None
     return list_points(which, single, trained, training), {}
 
 
 def make_sweep(which, args, out):
     if which in ("people", "steps", "dreambooth") and not is_toy_world(args):
         raise ValueError(f"{which} trains in the toy world: leave out other models, people and adapters")
-    if which == "phi" and not (is_toy_world(args) or args.selfattn):
+    if which == "phi" and not (choose_world(args) or args.selfattn):
         raise ValueError("phi varies self-attention: name its adapter with --selfattn")
     if which == "kinds" and args.data != "toy":
         raise ValueError("kinds draws toy people anew: it is not for photos, leave out --data")

@@ -1,6 +1,8 @@
 """The paper's Table 1 and Figure 6, with controls, of people that nobody was trained on.
 
     python -m experiments.table1                           toy people, weights/tiny
+    python -m experiments.table1 --model weights/photos --data path/to/lfw-deepfunneled \
+        --faces mobilefacenet.pt --inception none          photographs of 64 × 64
     python -m experiments.table1 --model $SD --adapter $ADAPTER \
         --selfattn runs/sd15/ip-adapter.safetensors --data path/to/lfw-deepfunneled \
         --inception FILE --faces mobilefacenet.pt          the paper's
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from dreambooth import DreamBooth
 from experiments import chosen
-from experiments.adapters import BEST, find_adapters, list_given
+from experiments.adapters import BEST, find_adapters, find_world, list_given
 from experiments.judging import Judges
 from experiments.makers import Maker
 from experiments.photos import load_for_pictures, read_pictures
@@ -140,15 +142,16 @@ def add_exam_arguments(parser):
     add("--people", type=int, default=60, help="people, with nine references each")
     add("--photos", type=int, default=3, help="prompts a person")
     add("--seeds", type=int, default=3, help="pictures a prompt")
-    add("--guidance", type=float, help="classifier-free guidance w (default: 4; of the toy world "
-        "what chosen.py says)")
+    add("--guidance", type=float, help="classifier-free guidance w (default: 4; of the models that "
+        "ship with this code what chosen.py says)")
     add("--steps", type=int, default=20, help="UNet evaluations a picture, 1 to 1000")
     add("--batch", type=int, default=32, help="pictures at once")
     add("--seed", type=int, default=2020, help="of the noise")
     add("--device", type=device_name, default="auto", help="auto, cpu, cuda or mps")
-    add("--trainings", type=int, default=3, help="toy adapters: so many, with other seeds")
-    add("--runs", type=Path, default=Path("runs"), help="adapters of the toy world; missing ones "
-        "are trained")
+    add("--trainings", type=int, default=3, help="adapters of a kind, if none are named: so many, with "
+        "other seeds")
+    add("--runs", type=Path, default=Path("runs"), help="adapters of weights/tiny and weights/photos; "
+        "missing ones are trained")
     add("--out", type=Path, default=Path("runs/table"), help="folder for plan, pictures and tables")
     add = parser.add_argument_group("another model, other people, other judges").add_argument
     add("--model", default=str(TINY), help="checkpoint folder, single file or hub id (default: "
@@ -178,16 +181,30 @@ def make_settings(args, validation=False):
     device = pick_device(args.device)
     guidance = args.guidance
     if guidance is None:
-        guidance = chosen.COMMON if is_toy_world(args) else 4.0
+        guidance = choose_common(args)
     return Settings(device, pick_precision("auto", device), args.people, args.photos,
                     args.seeds, guidance, args.steps, args.seed, args.batch, validation)
 
 
+def choose_common(args):
+    """The w of all methods alike, if none is named."""
+    world = choose_world(args)
+    if world is None:
+        return 4.0
+    return chosen.COMMON if world.is_toys else chosen.PHOTOS
+
+
 def is_toy_world(args):
-    """Whether the shipped model and drawn people are meant, with no adapters of the user's."""
-    is_tiny = Path(args.model).resolve() == TINY.resolve()
-    own = args.adapter or args.selfattn or args.trained
-    return is_tiny and args.data == "toy" and not own
+    """Whether weights/tiny and drawn people are meant."""
+    world = choose_world(args)
+    return world is not None and world.is_toys
+
+
+def choose_world(args):
+    """The adapters.World that is meant; None: another model, or adapters that the user names."""
+    if args.adapter or args.selfattn or args.trained:
+        return None
+    return find_world(args.model, args.data, args.image_encoder)
 
 
 def load_judges(args, device):
@@ -208,18 +225,20 @@ def load_judges(args, device):
 def find_files(args, device, names):
     """The adapter of one photo, and {name: its files} of the trained ones, of the wanted `names`.
 
-    The toy world's are found in --runs, or trained, with --trainings seeds; for other models and
-    people they are given.
+    Those of models that ship with this code are found in --runs, or trained, with --trainings seeds;
+    for other models and people they are given.
     """
     single = args.adapter or find_shipped(args.model, args.image_encoder)
     if not single.is_file():
         hint = "name one with --adapter (ip-adapter_sd15.safetensors)"
         raise ValueError(f"{single}: no such adapter; {hint}")
-    if is_toy_world(args):
+    world = choose_world(args)
+    if world:
         trained = {name: [] for name in names}
         with first_alone():
             for seed in range(args.trainings):
-                for name, file in find_adapters(args.runs, device, *names, seed=seed).items():
+                found = find_adapters(args.runs, device, *names, world=world, seed=seed)
+                for name, file in found.items():
                     trained[name].append(file)
         return single, trained
     if not args.selfattn:
@@ -244,8 +263,9 @@ def make_tables(args):
     """table: every method at its own w; table-common: all at one. Without chosen ones only `table`."""
     names = (BEST, "max", "avg", "concat", "same-photo")
     judges, sd, plan, single, trained = prepare(args, args.out, names)
+    world = choose_world(args)
     has_chosen = is_toy_world(args) and args.guidance is None
-    training = chosen.DREAMBOOTH if is_toy_world(args) else None
+    training = chosen.DREAMBOOTH if world else None
     methods = list_methods(single, trained, not args.no_dreambooth, training)
     common = dict.fromkeys(methods, plan.settings.guidance)
     tables = {"table": guide_methods(methods, common)}

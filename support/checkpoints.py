@@ -21,7 +21,8 @@ from support.tensor_names import our_name
 from support.text import first_line, one_line, tokenize
 from support.weights import check_dtypes, check_tensor, read_pickle, read_safetensors, read_tensors
 
-TINY = Path(__file__).parent.parent / "weights" / "tiny"  # the model that ships with this code
+TINY = Path(__file__).parent.parent / "weights" / "tiny"  # the models that ship with this code
+PHOTOS = TINY.parent / "photos"
 ADAPTER = "ip_adapter/ip-adapter_tiny.safetensors"  # in its folder
 FACE_ADAPTER = "ip_adapter/ip-adapter_mobilefacenet.safetensors"  # for the embeddings of faces
 
@@ -148,6 +149,11 @@ def find_inside(checkpoint):
     """The folder of the image encoder in a checkpoint's folder, or False."""
     folder = Path(checkpoint) / "image_encoder"
     return (folder / "config.json").is_file() and folder
+
+
+def is_shipped(model):
+    """Whether a model's name is the folder of one that ships with this code: they are small."""
+    return Path(model).resolve() in (TINY.resolve(), PHOTOS.resolve())
 
 
 def find_shipped(model, image_encoder=None):

@@ -17,7 +17,7 @@ from ddpm import Schedule
 from experiments import (base, base_average, base_data, base_identity, base_judge, base_tasks,
                          base_together, memorised, plan, scores)
 from experiments import base_networks
-from experiments.base_networks import PHOTOS, Sizes, make_world
+from experiments.base_networks import PHOTO_SIZES, Sizes, make_world
 from ip_adapter import IPAdapter
 from metrics import fid
 from support.checkpoints import ADAPTER, FACE_ADAPTER, find_shipped
@@ -30,7 +30,7 @@ from test_faces import state as face_weights  # noqa: F401 (a fixture)
 from train import Options, Task, fit
 from unet import StableDiffusion
 
-SMALL = Sizes([16, 16, 16], 48, 3, 64, 1, 2, [16, 32], 2)  # instead of PHOTOS: a test is to be fast
+SMALL = Sizes([16, 16, 16], 48, 3, 64, 1, 2, [16, 32], 2)  # instead of PHOTO_SIZES: a test is to be fast
 CROP = Crop((58, 48, 198, 188), (250, 250))
 WORDS = ["--crop", "58,48,198,188", "--device", "cpu", "--precision", "fp32"]
 
@@ -356,11 +356,11 @@ def test_a_stage_with_a_mean_goes_on_bit_for_bit(workdir):
 
 def test_weights_of_photos_fit_into_24_megabytes():
     with torch.device("meta"):
-        unet = base_networks.make_unet(PHOTOS)
-        networks = [unet, base_networks.make_vae(PHOTOS), IPAdapter(unet, PHOTOS.text), IPAdapter(unet, 128)]
+        unet = base_networks.make_unet(PHOTO_SIZES)
+        networks = [unet, base_networks.make_vae(PHOTO_SIZES), IPAdapter(unet, PHOTO_SIZES.text), IPAdapter(unet, 128)]
     tokenizer = base_networks.make_tokenizer(["a photo of a smiling man"] * 9, 48)
-    networks.append(base_networks.make_text_encoder(PHOTOS, tokenizer, 48))
-    networks.append(base_networks.make_image_encoder(PHOTOS))
+    networks.append(base_networks.make_text_encoder(PHOTO_SIZES, tokenizer, 48))
+    networks.append(base_networks.make_image_encoder(PHOTO_SIZES))
     numbers = sum(weight.numel() for network in networks for weight in network.parameters())
     assert 20e6 < 2 * numbers < 23e6  # float16; and a little for tokenizer and settings
 
@@ -368,7 +368,7 @@ def test_weights_of_photos_fit_into_24_megabytes():
 @pytest.fixture
 def quick(monkeypatch):
     """Small networks, one step a stage, two portraits of one step."""
-    monkeypatch.setattr(base, "PHOTOS", SMALL)
+    monkeypatch.setattr(base, "PHOTO_SIZES", SMALL)
     monkeypatch.setattr(base, "PHOTO_STAGES", {name: (1, 4, 1e-3) for name in base.PHOTO_STAGES})
     monkeypatch.setattr(base_together.choose_portraits, "__defaults__", (2,))
     monkeypatch.setattr(base_together.make_portraits, "__defaults__", (2.0, 1))

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.models.inception import Inception3
 
+import train
 from conftest import randn
 from data import ToyFaces
 from experiments import adapters, chosen, distances, judging, makers, photos, plan, scores, sweeps, table1
@@ -79,8 +80,9 @@ def template(tiny_folder, tmp_path_factory):
 
 def make_small(patch, tiny_folder):
     """The tiny model; a DreamBooth of one step from two class pictures; few draws."""
-    for module in (photos, table1, adapters, judges):
+    for module in (table1, adapters, judges):
         patch.setattr(module, "TINY", tiny_folder)
+    patch.setattr(photos, "is_shipped", lambda model: Path(model).samefile(tiny_folder))
     make_class_images, fine_tune = makers.make_class_images, makers.fine_tune
 
     def make_few(sd, prompt, out, count, seed, w):
@@ -660,6 +662,53 @@ def test_adapters_of_another_recipe_are_refused_and_missing_ones_trained_by_it(
     assert "another UNet" in command(table1, *SIZE)[2]
 
 
+def test_adapters_of_the_models_that_ship_are_kept_apart_and_trained_on_their_people(
+        tiny_folder, workdir, monkeypatch):
+    """Toy people, photos of a folder, and the same with a face recogniser's embeddings."""
+    monkeypatch.setattr(adapters, "TINY", tiny_folder)
+    shipped = workdir / "photos"
+    shutil.copytree(tiny_folder, shipped)
+    monkeypatch.setattr(adapters, "PHOTOS", shipped)
+    assert adapters.find_world(tiny_folder, "toy").is_toys
+    assert adapters.find_world(shipped, "toy") is adapters.find_world(tiny_folder, "folder") is None
+    asked = []
+    unet = StableDiffusion.load(tiny_folder).unet
+
+    def train_it(words, env):
+        at = words.index("--resume")
+        said = {**dict(zip(words[2:at:2], words[3:at:2])), **dict(zip(words[at + 1::2], words[at + 2::2]))}
+        asked.append(said)
+        Path(said["--out"]).mkdir(parents=True)
+        made = {**recipe(unet), "data": said["--data"], "seed": said.get("--seed", "0")}
+        IPAdapter(unet, 128, said["--agg"]).save(f"{said['--out']}/ip-adapter.safetensors", made)
+        return nullcontext(SimpleNamespace(wait=lambda: 0))
+
+    monkeypatch.setattr(adapters.subprocess, "Popen", train_it)
+    world = adapters.find_world("photos", "folder")  # as a user may spell it
+    found = adapters.find_adapters(Path("runs"), "cpu", "selfattn", "avg", world=world, seed=1)
+    assert found == {name: Path(f"runs/photos/seed-1/{name}/ip-adapter.safetensors") for name in found}
+    assert [said["--out"] for said in asked] == [
+        "runs/photos/selfattn", "runs/photos/seed-1/selfattn", "runs/photos/seed-1/avg"]
+    assert all(said["--model"] == str(shipped) and said["--data"] == "folder" for said in asked)
+    assert all("--image-encoder" not in said for said in asked) and asked[2]["--seed"] == "1"
+    world = adapters.find_world(shipped, "folder", "faces.pt")
+    found = adapters.find_adapters(Path("runs"), "cpu", "avg", world=world)
+    assert found == {"avg": Path("runs/photos-faces/avg/ip-adapter.safetensors")}
+    assert [said["--image-encoder"] for said in asked[3:]] == ["faces.pt"] * 2
+
+
+@pytest.mark.parametrize("words, w", [
+    ([], 3.0), (["--model", "SHIPPED", "--data", "folder"], 2.0), (["--data", "folder"], 4.0),
+    (["--guidance", "5"], 5.0),
+])
+def test_w_of_all_methods_is_that_of_the_model(words, w, tiny_folder, workdir, monkeypatch):
+    monkeypatch.setattr(adapters, "PHOTOS", workdir)
+    words = [str(workdir) if word == "SHIPPED" else word for word in words]
+    parser = table1.make_parser(table1.__doc__)
+    table1.add_exam_arguments(parser)
+    assert table1.make_settings(parser.parse_args(words)).guidance == w
+
+
 def test_train_writes_the_recipe_that_the_table_compares(tiny_folder, workdir, monkeypatch):
     few = ToyFaces(3, photos=2).people
     monkeypatch.setattr("train.save_samples", lambda *_: None)
@@ -681,14 +730,14 @@ def test_train_writes_the_recipe_that_the_table_compares(tiny_folder, workdir, m
 def test_same_photo_is_trained_by_the_recipe_on_nothing_but_the_photo_itself(
         exam_folder, tiny_folder, monkeypatch):
     few, alone = ToyFaces(3, photos=2).people, []
-    adapter_task = adapters.adapter_task
+    adapter_task = train.adapter_task
 
-    def watch(*args, **options):
-        alone.append(options)
-        return adapter_task(*args, **options)
+    def watch(*args):
+        alone.append(args[6:])
+        return adapter_task(*args)
 
-    monkeypatch.setattr(adapters, "load_people", lambda *_: (few, few))
-    monkeypatch.setattr(adapters, "adapter_task", watch)
+    monkeypatch.setattr(train, "load_people", lambda *_: (few, few))
+    monkeypatch.setattr(train, "adapter_task", watch)
     init = tiny_folder / ADAPTER
     made = dict(data="toy", people="3", steps="1", batch="2", lr="0.001", seed="0", precision="fp32", init=str(init))
     sd = StableDiffusion.load(tiny_folder)
@@ -697,7 +746,7 @@ def test_same_photo_is_trained_by_the_recipe_on_nothing_but_the_photo_itself(
         IPAdapter(sd.unet, 128, name).save(f"runs/{name}/ip-adapter.safetensors", made)
     (exam_folder / "runs/same-photo/ip-adapter.safetensors").unlink()
     files = adapters.find_adapters(exam_folder / "runs", "cpu", "selfattn", "avg", "same-photo")
-    assert alone == [{"alone": True}] and adapters.name_adapter(files["same-photo"]) == "same-photo"
+    assert alone == [(True, 0.0)] and adapters.name_adapter(files["same-photo"]) == "same-photo"
     tensors, found = read_adapter(files["same-photo"])
     assert {key: found[key] for key in made} == made and found["agg"] == "none"
     assert any(not torch.equal(tensors[name], old) for name, old in read_adapter(init)[0].items())
