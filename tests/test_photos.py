@@ -225,6 +225,14 @@ def test_a_partner_is_any_other_photo_of_the_person_and_of_one_photo_itself(face
     assert len(seen) == sum(max(1, size * (size - 1)) for size in sizes)
 
 
+def test_both_sides_are_what_the_encoder_says_of_photo_and_mirror_image(faces, cut_model, face_file):
+    for encoder in (None, face_file):
+        sd = StableDiffusion.load(cut_model, image_encoder=encoder)
+        sides = base_data.embed_both_sides(sd, faces.pixels)
+        for side, pixels in zip(sides, (faces.pixels, faces.pixels.flip(3))):
+            torch.testing.assert_close(side, sd.embed_images(to_tensor(pixels)).clone(), rtol=1e-4, atol=1e-4)
+
+
 def test_every_pair_of_a_batch_is_of_one_person(faces):
     i = base_identity.draw_pairs(faces, 64, torch.Generator().manual_seed(0))
     who = faces.who[i].unflatten(0, (-1, 2))
