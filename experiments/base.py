@@ -66,11 +66,11 @@ STAGES = {  # of toy people; name: steps, batch, peak learning rate
     "ip_adapter": (900, 64, 1e-3),
 }
 PHOTO_STAGES = {
-    "vae": (2000, 32, 2e-3),
-    "vae_sharp": (6000, 16, 1e-3),
-    "vae_decoder": (1500, 16, 5e-4),
-    "clip": (6000, 128, 1e-3),
-    "together": (20000, 64, 1e-3),
+    "vae": (900, 32, 2e-3),
+    "vae_sharp": (1200, 16, 1e-3),
+    "vae_decoder": (300, 16, 5e-4),
+    "clip": (1500, 128, 1e-3),
+    "together": (2700, 64, 1e-3),
 }
 
 

@@ -27,7 +27,7 @@ from experiments.makers import Maker
 from experiments.photos import read_pictures
 from experiments.plan import Method
 from experiments.scores import Table, format_cell
-from experiments.table1 import (add_exam_arguments, choose_world, is_toy_world, list_methods,
+from experiments.table1 import (PAPER, add_exam_arguments, choose_world, is_toy_world, list_methods,
                                 list_trainings, prepare)
 from support.claim import claim
 from support.distributed import first_alone, is_first, processes, world_size
@@ -59,7 +59,6 @@ RECIPES = (  # of DreamBooth: steps, peak learning rate, guidance of the class p
 )
 PEOPLE = (50, 100, 200, 400, 800, 1600)
 STEPS = (100, 200, 400, 800)
-PAPER = ("one-photo", "dreambooth", "max", "avg", BEST)  # names of the paper's rows
 CHOICES = ("dreambooth", "w", "phi")
 LABELS = {"refs": "number of references", "lam": "λ", "w": "guidance w", "phi": "guidance w",
           "people": "people in training", "steps": "steps of training", "dreambooth": "guidance w"}

@@ -37,6 +37,7 @@ from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
 from support.program import device_name, file_path, make_parser, run
 
+PAPER = ("one-photo", "dreambooth", "max", "avg", BEST)  # the names of the paper's rows
 TITLES = {  # of the adapters that were trained on; the paper's row is self-attention
     "selfattn": "IP-Adapter + Self-Attention",
     "max": "Max, fine-tuned",
@@ -108,10 +109,12 @@ def add_rows(table, rows):
 
 
 def save_figure_6(plan, rows, path, people=8):
-    """A row a person: the first reference, then one picture of every method."""
+    """A row a person: the first reference, then one picture of every method of the paper."""
     folders = {"references": "reference"}
-    for trainings in rows.values():
-        folder, method = next(iter(trainings.items()))
+    for name in PAPER:
+        if name not in rows:
+            continue
+        folder, method = next(iter(rows[name].items()))
         folders[folder] = method.title.removeprefix("IP-Adapter + ")
     pictures, captions = [], []
     for p in range(min(people, len(plan.subjects))):

@@ -154,7 +154,7 @@ def test_table_has_the_papers_rows_then_controls(finished, template):
             assert row[-4:-1] == (["1", "1", row[-2]] if of_method else ["–", "1", "–"])
             assert of_method == (row[-2] != "–")
     assert said["rows"][REAL[1]]["copy"][0] == pytest.approx(0)  # of all others, the difference to it
-    assert Image.open(template / "runs/table/figure6.png").size == (96 * 12, 16 + (96 + 16) * 2)
+    assert Image.open(template / "runs/table/figure6.png").size == (96 * 6, 16 + (96 + 16) * 2)
     assert Image.open(template / "runs/table/plane.png").width > 500
 
 
