@@ -31,7 +31,8 @@ from experiments.scores import Table
 from support.checkpoints import TINY, find_beside, find_shipped
 from support.claim import claim
 from support.devices import pick_device, pick_precision
-from support.distributed import first_alone, is_first, processes, world_size
+from support.distributed import (alone, barrier, first_alone, is_first, processes, rank,
+                                 world_size)
 from support.judges import load_face_judge, load_judge, name_face_box
 from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
@@ -237,16 +238,28 @@ def find_files(args, device, names):
         raise ValueError(f"{single}: no such adapter; {hint}")
     world = choose_world(args)
     if world:
-        trained = {name: [] for name in names}
-        with first_alone():
-            for seed in range(args.trainings):
-                found = find_adapters(args.runs, device, *names, world=world, seed=seed)
-                for name, file in found.items():
-                    trained[name].append(file)
-        return single, trained
+        return single, find_trained(args.runs, device, world, names, args.trainings)
     if not args.selfattn:
         print("note: no row of self-attention; name its adapter with --selfattn")
     return single, list_given(BEST, args.selfattn, args.trained)
+
+
+def find_trained(runs, device, world, names, trainings):
+    """{name: its files, one a seed}. Missing ones are trained, each by one process of torchrun."""
+    with first_alone():  # its recipe is that of all others
+        find_adapters(runs, device, BEST, world=world)
+    jobs = [(name, seed) for seed in range(trainings) for name in names]
+    mine = jobs[rank() :: world_size()]
+    with alone():
+        for name, seed in mine:
+            find_adapters(runs, device, name, world=world, seed=seed)
+    barrier()
+    files = {name: [] for name in names}
+    for seed in range(trainings):
+        found = find_adapters(runs, device, *names, world=world, seed=seed)
+        for name, file in found.items():
+            files[name].append(file)
+    return files
 
 
 def prepare(args, out, names, validation=False):
