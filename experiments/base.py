@@ -2,7 +2,9 @@
 
     python -m experiments.base --people 4000       weights/tiny: two hours on two CPU cores
     python -m experiments.base --data path/to/lfw-deepfunneled --crop 58,48,198,188 \
-        --out weights/photos                       of photographs: a night on two CPU cores
+        --out weights/photos                       of photographs: two hours on two CPU cores
+    python -m experiments.base --data path/to/lfw-deepfunneled --init weights/photos \
+        --out weights/photos                       the last stage of these once more, from there
 
 Trainings (TOY_STAGES, PHOTO_STAGES), one after another, each with the loop of train.py. When one
 runs, all that the others trained is frozen:
@@ -39,7 +41,7 @@ from experiments.base_together import Branch, together_task
 from ip_adapter import IPAdapter
 from support.checkpoints import ADAPTER, FACE_ADAPTER, PHOTOS, TINY
 from support.claim import claim
-from support.crops import parse_crop
+from support.crops import parse_crop, read_crop
 from support.devices import autocast, pick_device, pick_precision
 from support.distributed import processes, refuse_torchrun
 from support.face_net import FaceEncoder, MobileFaceNet, find_face_box
@@ -50,6 +52,7 @@ from support.program import add_device_arguments, file_path, make_parser, run
 from toyfaces import drawing
 from toyfaces.judge import FeatureNet
 from train import Options, adapter_task, fit
+from unet import StableDiffusion
 
 RUNS = Path("runs/base")  # logs and checkpoints of the stages
 FINISHED = RUNS / "finished"  # is there when the results of these checkpoints are written
@@ -195,6 +198,7 @@ class Sources:
 
     face_net: the file of MobileFaceNet, for a second adapter that reads it, and the judge of the
     first in validation. judge: the file of base_judge.py, the judge of the second. gamma: min-SNR.
+    init: a folder whose networks have been through all stages, and go through the last one again.
     """
 
     root: Path
@@ -202,9 +206,12 @@ class Sources:
     face_net: Path = None
     judge: Path = None
     gamma: float = 0.0
+    init: Path = None
 
     def check(self):
         """ValueError for files that are none: now, not after hours."""
+        if self.init and not (self.init / ADAPTER).is_file():
+            raise ValueError(f"--init {self.init}: not a model of this program, it has no {ADAPTER}")
         if self.face_net:
             MobileFaceNet(self.face_net, find_face_box(self.crop))
         if self.judge:
@@ -218,30 +225,27 @@ class Sources:
             "crop": self.crop,
             "image-encoder": self.face_net and digest_file(self.face_net),
             "min-snr": self.gamma,
+            "init": self.init and digest_bytes(*sorted(self.init.rglob("*.safetensors"))),
         }
 
 
 def train_photos(out, run, sources):
     """All stages on the photos of a folder; writes the folder `out` at the end."""
     device = run.options.device
-    learned, held_out = choose_people(sources.root, SIZE, sources.crop)
     sources.check()
+    learned, held_out = choose_people(sources.root, SIZE, sources.crop)
     run.begin()
     faces = read_faces(learned)
     held = read_faces(held_out)
     run.settings |= sources.describe(faces)
     for word, some in (("train", faces), ("validate", held)):
         print(f"{len(some.people)} people with {len(some.pixels)} photos {word}", flush=True)
-    sd = make_photo_world(faces, sources.crop, device)
-
-    # Every stage leaves pictures to look at in the run's folder.
-    train_vae(run, sd, faces, held)
-    save_round_trips(run.folder / "vae.png", sd, held)
-    if run.stop_after("vae_decoder"):
-        return
-    run.train(identity_task(sd, faces, held, device), sd)
-    if run.stop_after("clip"):
-        return
+    if sources.init:
+        sd = StableDiffusion.load(sources.init, device)
+    else:
+        sd = train_encoders(run, faces, held, sources.crop)
+        if sd is None:
+            return
     with autocast(device, run.options.precision):
         latents = encode_both_sides(sd, faces.pixels)
         held_features = Features(sd, held.people)
@@ -257,6 +261,21 @@ def train_photos(out, run, sources):
     run.finished.touch()
 
 
+def train_encoders(run, faces, held, crop):
+    """The stages before the UNet's. Returns the StableDiffusion, None if `run` stops before the end.
+
+    Every stage leaves pictures or numbers to look at in the run's folder.
+    """
+    device = run.options.device
+    sd = make_photo_world(faces, crop, device)
+    train_vae(run, sd, faces, held)
+    save_round_trips(run.folder / "vae.png", sd, held)
+    if run.stop_after("vae_decoder"):
+        return None
+    run.train(identity_task(sd, faces, held, device), sd)
+    return None if run.stop_after("clip") else sd
+
+
 def make_photo_world(faces, crop, device):
     """A StableDiffusion of the size of weights/photos with random weights, which knows its crop."""
     sd = make_world(PHOTO_SIZES, list_prompts(faces.prompts), device)
@@ -270,7 +289,7 @@ def make_branches(sd, faces, held, held_features, sources, options):
     device = options.device
     with autocast(device, options.precision):
         embeds = embed_both_sides(sd, faces.pixels)
-    adapter = IPAdapter(sd.unet, embeds.shape[-1])
+    adapter = make_adapter(sd, embeds.shape[-1], sources.init, ADAPTER)
     if sources.face_net is None:
         return [Branch("clip", adapter, embeds, held_features)]
     net = MobileFaceNet(sources.face_net, find_face_box(sources.crop)).to(device)
@@ -281,9 +300,16 @@ def make_branches(sd, faces, held, held_features, sources, options):
     other.preprocessor = {**sd.preprocessor, **FaceEncoder.COLOURS}
     embeds = embed_both_sides(other, faces.pixels)
     held_embeds = Features(other, held.people)
-    adapter = IPAdapter(sd.unet, embeds.shape[-1])
+    adapter = make_adapter(sd, embeds.shape[-1], sources.init, FACE_ADAPTER)
     judge = sources.judge and load_face_judge(sources.judge, device=device)
     return [ours, Branch("faces", adapter, embeds, held_embeds, judge)]
+
+
+def make_adapter(sd, width, init, name):
+    """An adapter of one photo for embeddings of this width: that of the folder `init`, or a new one."""
+    if init and (init / name).is_file():
+        return IPAdapter.load(init / name, sd.unet)
+    return IPAdapter(sd.unet, width)
 
 
 # ---------------------------------------------------------------- command line
@@ -310,20 +336,24 @@ def parse_arguments():
     add("--image-encoder", type=file_path, help="mobilefacenet.pt: train a second adapter that "
         "reads it; for the first one it judges faces in validation")
     add("--judge", type=file_path, help="of experiments.base_judge: it judges the second adapter's")
+    add("--init", type=Path, help="a folder that this program wrote: train its UNet and adapters on, in "
+        "the last stage alone; it knows its --crop")
     add("--min-snr", type=float, default=0.0, help="γ of the min-SNR weights; 0: all steps count alike")
     add("--until", choices=["vae_decoder", "clip"], help="stop after this stage")
     return parser.parse_args()
 
 
 def check_arguments(args):
-    of_photos = args.crop or args.image_encoder or args.judge or args.min_snr or args.until
-    if args.data == "toy" and of_photos:
-        flags = "--crop, --image-encoder, --judge, --min-snr and --until"
+    of_photos = (args.crop, args.image_encoder, args.judge, args.init, args.min_snr, args.until)
+    if args.data == "toy" and any(of_photos):
+        flags = "--crop, --image-encoder, --judge, --init, --min-snr and --until"
         raise ValueError(f"{flags} are for --data FOLDER")
     if args.data != "toy" and not Path(args.data).is_dir():
         raise ValueError(f"--data {args.data}: no such folder; give one with a folder a person")
     if args.judge and not args.image_encoder:
         raise ValueError("--judge judges the adapter of --image-encoder: name both")
+    if args.init and (args.crop or args.until):
+        raise ValueError("--init knows its crop and trains the last stage only: leave --crop and --until out")
 
 
 @processes()
@@ -352,7 +382,9 @@ def main():
             train_base(out, Run(RUNS, STAGES, options, settings), args.people)
         return
     crop = args.crop and parse_crop(args.crop, find_frame(args.data))
-    sources = Sources(Path(args.data), crop, args.image_encoder, args.judge, args.min_snr)
+    if args.init:
+        crop = read_crop(args.init)
+    sources = Sources(Path(args.data), crop, args.image_encoder, args.judge, args.min_snr, args.init)
     check_writable(out)
     with claim(PHOTO_RUNS):
         train_photos(out, Run(PHOTO_RUNS, PHOTO_STAGES, options, {}, args.until), sources)

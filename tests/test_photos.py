@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
 import sample
 from conftest import close, randn
@@ -407,12 +408,39 @@ def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_fi
                 "--adapter", f"photos/{FACE_ADAPTER}", "--n", 1, "--device", "cpu")
     assert "width 128, not 48" in capsys.readouterr().err
 
+    # Trained on from there: the last stage alone, on the same crop.
+    more = [word for word in words if word not in (*WORDS, "--out", "photos")]
+    keep, scores_so_far = base_average.Average.keep, iter(range(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(base_average.Average, "keep", lambda self, _: keep(self, next(scores_so_far)))  # the last
+        program(base, monkeypatch, *more, "--init", "photos", "--min-snr", 5, "--steps", 3, "--out", "further")
+    said = capsys.readouterr().out
+    assert "together: validation" in said and "vae: validation" not in said
+    assert read_crop("further") == CROP
+    before, after = (tensors_of(workdir / name) for name in ("photos", "further"))
+    assert before.keys() == after.keys()
+    moved = {name.split("/")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"unet", "ip_adapter"}
+    start = (base.PHOTO_RUNS / "together.csv").read_text().splitlines()[1]
+    assert float(start.split(",")[2]) == pytest.approx(float(log[-1].split(",")[2]), rel=0.01)  # where that ended
+
     # With --resume another crop is another training.
+    program(base, monkeypatch, *words)
+    capsys.readouterr()
     monkeypatch.setattr(base, "PHOTO_STAGES", {name: (2, 4, 1e-3) for name in base.PHOTO_STAGES})
     words[words.index("58,48,198,188")] = "50,40,200,190"
     with pytest.raises(SystemExit):
         program(base, monkeypatch, *words, "--resume")
     assert "--resume" in capsys.readouterr().err
+
+
+def tensors_of(folder):
+    """{path in the folder and name: tensor} of all weights."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            found[f"{path.relative_to(folder)} {name}"] = tensor
+    return found
 
 
 def test_unet_and_both_adapters_learn_together(cut_model, portraits, face_file, workdir, monkeypatch):
@@ -519,6 +547,9 @@ def test_face_distance_of_a_row_is_that_of_the_judge_of_faces_and_to_held_out_ph
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--data", "PORTRAITS", "--crop", "1,2,3"], "--crop 1,2,3: it must be left,top,right,bottom"),
     (["--data", "PORTRAITS", "--judge", "FILE"], "name both"),
+    (["--init", "nowhere"], "are for --data FOLDER"),
+    (["--data", "PORTRAITS", "--init", "nowhere"], "--init nowhere: not a model of this program"),
+    (["--data", "PORTRAITS", "--init", "nowhere", "--crop", "1,2,3,4"], "--init knows its crop"),
     (["--data", "PORTRAITS", "--image-encoder", "FILE"], "no weights of MobileFaceNet"),
     (["--data", "PORTRAITS", "--min-snr", "-1"], "--min-snr -1.0: from 0 to 1000"),
 ])
