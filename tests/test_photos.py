@@ -533,7 +533,8 @@ def test_copies_of_training_photos_are_found_and_other_pictures_are_not(cut_mode
 
 def test_face_distance_of_a_row_is_that_of_the_judge_of_faces_and_to_held_out_photos():
     def see(seed):
-        return {"features": list(randn(2, 5, 3, seed=seed)), "faces": list(randn(2, 5, 4, seed=seed + 1))}
+        faces = list(randn(2, 5, 4, seed=seed + 1))
+        return {"features": list(randn(2, 5, 3, seed=seed)), "faces": faces, "embeds": faces}
 
     seen, real = see(0), see(5)
     row = scores.Row(scores.Pictures(seen, real))
