@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import train
-from experiments import base, table1
+from experiments import base
 from support import distributed as ours
 from support.program import run
 
@@ -243,34 +243,6 @@ def test_the_first_process_goes_first_and_only_it_prints(tmp_path, capfd):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "made by 0"]
     captured = capfd.readouterr()
     assert captured.out == "hello\n" and captured.err == "an error\n"
-
-
-@ours.processes()
-def train_what_is_missing(folder):
-    """find_trained, with trainings that write down who did them."""
-    trained = []
-
-    def find_adapters(runs, device, *names, world, seed=0):
-        files = {name: runs / f"{name}-{seed}" for name in names}
-        for name, file in files.items():
-            if not file.exists():
-                assert ours.world_size() == 1  # train.py must not share its batches
-                file.write_text(str(ours.rank()))
-                trained.append(name)
-        return files
-
-    table1.find_adapters = find_adapters
-    number = ours.rank()
-    files = table1.find_trained(folder, "cpu", None, ("selfattn", "max", "avg"), 2)
-    assert files == {name: [folder / f"{name}-0", folder / f"{name}-1"] for name in ("selfattn", "max", "avg")}
-    (folder / f"by {number}").write_text(" ".join(trained))
-
-
-def test_missing_adapters_are_shared_out_among_the_processes(tmp_path):
-    assert launch(train_what_is_missing, tmp_path) == [0, 0]
-    # selfattn 0, max 0, avg 0, selfattn 1, max 1, avg 1: each second one; the recipe comes first.
-    assert (tmp_path / "by 0").read_text() == "selfattn avg max"
-    assert (tmp_path / "by 1").read_text() == "max selfattn avg"
 
 
 @ours.processes()

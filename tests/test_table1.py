@@ -697,6 +697,28 @@ def test_adapters_of_the_models_that_ship_are_kept_apart_and_trained_on_their_pe
     assert [said["--image-encoder"] for said in asked[3:]] == ["faces.pt"] * 2
 
 
+@pytest.mark.parametrize("number, first", [(0, ["selfattn 0", "avg 0", "max 1"]),
+                                           (1, ["selfattn 0", "max 0", "selfattn 1", "avg 1"])])
+def test_missing_adapters_are_shared_out_among_the_processes(number, first, tmp_path, monkeypatch):
+    """selfattn 0, max 0, avg 0, selfattn 1, max 1, avg 1: each second one; the recipe comes first."""
+    trained = []
+
+    def find_adapters(runs, device, *names, world, seed=0):
+        for name in names:
+            if not (runs / f"{name} {seed}").exists():
+                (runs / f"{name} {seed}").touch()
+                trained.append(f"{name} {seed}")
+        return {name: runs / f"{name} {seed}" for name in names}
+
+    monkeypatch.setattr(table1, "find_adapters", find_adapters)
+    monkeypatch.setattr(table1, "rank", lambda: number)
+    monkeypatch.setattr(table1, "world_size", lambda: 2)
+    names = ("selfattn", "max", "avg")
+    files = table1.find_trained(tmp_path, "cpu", None, names, 2)
+    assert files == {name: [tmp_path / f"{name} 0", tmp_path / f"{name} 1"] for name in names}
+    assert trained[: len(first)] == first and len(trained) == 6  # the other process is not there
+
+
 @pytest.mark.parametrize("words, w", [
     ([], 3.0), (["--model", "SHIPPED", "--data", "folder"], 2.0), (["--data", "folder"], 4.0),
     (["--guidance", "5"], 5.0),
