@@ -63,9 +63,9 @@ def find_world(model, data, image_encoder=None):
 def find_adapters(runs, device, *names, world=None, **changes):
     """{name: its file in the folder `runs`}, trained if it is missing.
 
-    names: of aggregators, or same-photo. world: None: the toy world. changes: options of train.py that are not those of
-    runs/selfattn, such as seed=1. ValueError unless all were trained on the weights of the world's
-    model, by the recipe of runs/selfattn but for the changes.
+    names: of aggregators, or same-photo. world: None: the toy world. changes: options of train.py
+    that are not those of runs/selfattn, such as seed=1. ValueError unless all were trained on the
+    weights of the world's model, by the recipe of runs/selfattn but for the changes.
     """
     world = world or World(TINY, "toy")
     runs = world.find_folder(runs)

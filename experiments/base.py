@@ -6,7 +6,7 @@
     python -m experiments.base --data path/to/lfw-deepfunneled --init weights/photos \
         --out weights/photos                       the last stage of these once more, from there
 
-Trainings (TOY_STAGES, PHOTO_STAGES), one after another, each with the loop of train.py. When one
+Trainings (STAGES, PHOTO_STAGES), one after another, each with the loop of train.py. When one
 runs, all that the others trained is frozen:
 
     vae            pictures 64 × 64 <-> latents 4 × 16 × 16
@@ -353,7 +353,8 @@ def check_arguments(args):
     if args.judge and not args.image_encoder:
         raise ValueError("--judge judges the adapter of --image-encoder: name both")
     if args.init and (args.crop or args.until):
-        raise ValueError("--init knows its crop and trains the last stage only: leave --crop and --until out")
+        hint = "leave --crop and --until out"
+        raise ValueError(f"--init knows its crop and trains the last stage only: {hint}")
 
 
 @processes()

@@ -19,7 +19,10 @@ from toyfaces.judge import FeatureNet, grade_features
 
 
 class Judges:
-    """All judges of a table. sd: the model, in float32 or half precision; quality, faces: judges or None."""
+    """All judges of a table.
+
+    sd: the model, in float32 or half precision; quality, faces: judges or None, not both None.
+    """
 
     def __init__(self, plan, sd, quality, faces=None):
         self.plan = plan

@@ -1,7 +1,6 @@
 """The model of a plan and its photos: to folders, cut as its pictures are, and into its encoders."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
