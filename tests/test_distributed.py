@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from support.program import run
 ROOT = Path(__file__).parent.parent
 
 
-def join(rank, count, port, target, args):
+def join(rank, count, port, target, args, said):
     """A process as torchrun starts it: it is told who it is, and the store is its parent's."""
+    for number in (1, 2):
+        os.dup2(os.open(said[number], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
     known = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update({name: str(value) for name, value in known.items()})
@@ -32,23 +35,28 @@ def join(rank, count, port, target, args):
 
 
 def launch(target, *args, count=2):
-    """Run target(*args) in `count` processes; returns their exit codes.
+    """Run target(*args) in `count` processes; returns their exit codes. What they print is printed.
 
-    torchrun itself imports everything anew in each process: here they are forked where they can be.
+    torchrun itself imports everything anew in each process. Here one process that has no threads yet
+    imports it, and they are forked from that one: a fork of a process with threads may hang.
     """
-    can_fork = sys.platform == "linux" and not torch.cuda.is_available()
-    context = multiprocessing.get_context("fork" if can_fork else "spawn")
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    context.set_forkserver_preload(["torch", "train"])
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    children = []
-    for rank in range(count):
-        child = context.Process(target=join, args=(rank, count, store.port, target, args))
-        child.start()
-        children.append(child)
-    children[0].join(60)
-    for child in children:
-        if children[0].exitcode != 0:
-            child.terminate()  # as torchrun does
-        child.join(60)
+    with tempfile.TemporaryDirectory() as folder:
+        said = {number: f"{folder}/{number}" for number in (1, 2)}
+        children = []
+        for rank in range(count):
+            child = context.Process(target=join, args=(rank, count, store.port, target, args, said))
+            child.start()
+            children.append(child)
+        children[0].join(60)
+        for child in children:
+            if children[0].exitcode != 0:
+                child.terminate()  # as torchrun does
+            child.join(60)
+        sys.stdout.write(Path(said[1]).read_text(encoding="utf-8"))
+        sys.stderr.write(Path(said[2]).read_text(encoding="utf-8"))
     return [child.exitcode for child in children]
 
 
@@ -182,12 +190,13 @@ def test_batch_0_keeps_its_seed_and_no_two_batches_share_theirs():
 
 
 def call_train(words):
+    train.save_samples = lambda *args: None  # slow, and the first one's alone
     sys.argv = ["train.py", *map(str, words)]
     train.main()
 
 
 def test_the_program_in_two_processes_writes_the_adapter_of_one(tiny_folder, workdir, monkeypatch, capfd):
-    monkeypatch.setattr(train, "save_samples", lambda *args: None)  # slow, and the first one's alone
+    monkeypatch.setattr(train, "save_samples", lambda *args: None)
     words = ["--model", tiny_folder, "--people", 2, "--batch", 2, "--accumulate", 2, "--steps", 2]
     words += ["--every", 2, "--precision", "fp32"]
     assert launch(call_train, [*words, "--out", "two"]) == [0, 0]
