@@ -4,7 +4,7 @@
     python -m experiments.base --data path/to/lfw-deepfunneled --crop 58,48,198,188 \
         --out weights/photos                       of photographs: two hours on two CPU cores
     python -m experiments.base --data path/to/lfw-deepfunneled --init weights/photos \
-        --out weights/photos                       the last stage of these once more, from there
+        --out weights/photos                       UNet and adapters once more, from there
 
 Trainings (STAGES, PHOTO_STAGES), one after another, each with the loop of train.py. When one
 runs, all that the others trained is frozen:
@@ -15,8 +15,10 @@ runs, all that the others trained is frozen:
     clip           the CLIP pair: photos and captions; of photographs also who it is
     feature_net    toys: FeatureNet, the judge (toyfaces/judge.py)
     unet           toys: text to image, eq. 1 without image tokens
-    ip_adapter     toys: eq. 1, every photo its own and only reference, as the original IP-Adapter
     together       photographs: eq. 1 for UNet and adapter, another photo of the person as reference
+    ip_adapter     the adapter on the frozen UNet. Toys: every photo its own and only reference, as
+                   in the original IP-Adapter; photographs: if MobileFaceNet is given, the UNet
+                   learned with its adapter, and this is that of the CLIP image encoder
 
 Logs, checkpoints and pictures go to runs/base, of photographs to runs/base_photos. --out is written
 at the end, all at once: until then a checkpoint that is there stays whole.
@@ -73,7 +75,8 @@ PHOTO_STAGES = {
     "vae_sharp": (1200, 16, 1e-3),
     "vae_decoder": (300, 16, 5e-4),
     "clip": (1500, 128, 1e-3),
-    "together": (2700, 64, 1e-3),
+    "together": (6500, 64, 1e-3),
+    "ip_adapter": (1000, 64, 1e-3),
 }
 
 
@@ -197,8 +200,8 @@ class Sources:
     """What photographs are trained from. root: of a folder like LFW; crop: crops.Crop or None.
 
     face_net: the file of MobileFaceNet, for a second adapter that reads it, and the judge of the
-    first in validation. judge: the file of base_judge.py, the judge of the second. gamma: min-SNR.
-    init: a folder whose networks have been through all stages, and go through the last one again.
+    other in validation. judge: the file of base_judge.py, the judge of that one. gamma: min-SNR.
+    init: a folder whose networks have been through all stages; UNet and adapters train on.
     """
 
     root: Path
@@ -251,12 +254,14 @@ def train_photos(out, run, sources):
         held_features = Features(sd, held.people)
 
     branches = make_branches(sd, faces, held, held_features, sources, run.options)
-    task = together_task(sd, branches, latents, faces, held, device, run.folder, sources.gamma)
-    run.train_average(task, sd)
+    leader = next(iter(branches.values()))
+    for branch in branches.values():
+        task = together_task(sd, branch, latents, faces, held, device, run.folder, sources.gamma,
+                             frozen=branch is not leader)
+        run.train_average(task, sd)
     save_text_pictures(run.folder / "text.png", sd, held.prompts)
     with claim(out):
-        files = {"clip": ADAPTER, "faces": FACE_ADAPTER}
-        save_world(out, sd, {files[branch.name]: branch.adapter for branch in branches})
+        save_world(out, sd, {file: branch.adapter for file, branch in branches.items()})
     print(f"wrote {out}")
     run.finished.touch()
 
@@ -285,24 +290,28 @@ def make_photo_world(faces, crop, device):
 
 
 def make_branches(sd, faces, held, held_features, sources, options):
-    """The adapters of one photo: of our image encoder and, if its file is given, of MobileFaceNet."""
+    """{file: adapter of one photo}: of MobileFaceNet if its file is given, and of our image encoder.
+
+    The UNet learns with the first.
+    """
     device = options.device
     with autocast(device, options.precision):
         embeds = embed_both_sides(sd, faces.pixels)
     adapter = make_adapter(sd, embeds.shape[-1], sources.init, ADAPTER)
+    ours = Branch(adapter, embeds, held_features)
     if sources.face_net is None:
-        return [Branch("clip", adapter, embeds, held_features)]
+        return {ADAPTER: ours}
     net = MobileFaceNet(sources.face_net, find_face_box(sources.crop)).to(device)
-    ours = Branch("clip", adapter, embeds, held_features, judge=net)
+    ours.judge = net
     # The same model with the other encoder. In float32: identity is a matter of small differences.
     other = copy.copy(sd)
     other.image_encoder = FaceEncoder(net, sd.image_size)
     other.preprocessor = {**sd.preprocessor, **FaceEncoder.COLOURS}
     embeds = embed_both_sides(other, faces.pixels)
-    held_embeds = Features(other, held.people)
     adapter = make_adapter(sd, embeds.shape[-1], sources.init, FACE_ADAPTER)
     judge = sources.judge and load_face_judge(sources.judge, device=device)
-    return [ours, Branch("faces", adapter, embeds, held_embeds, judge)]
+    of_faces = Branch(adapter, embeds, Features(other, held.people), judge)
+    return {FACE_ADAPTER: of_faces, ADAPTER: ours}
 
 
 def make_adapter(sd, width, init, name):
@@ -336,9 +345,10 @@ def parse_arguments():
     add("--image-encoder", type=file_path, help="mobilefacenet.pt: train a second adapter that "
         "reads it; for the first one it judges faces in validation")
     add("--judge", type=file_path, help="of experiments.base_judge: it judges the second adapter's")
-    add("--init", type=Path, help="a folder that this program wrote: train its UNet and adapters on, in "
-        "the last stage alone; it knows its --crop")
-    add("--min-snr", type=float, default=0.0, help="γ of the min-SNR weights; 0: all steps count alike")
+    add("--init", type=Path, help="a folder that this program wrote: train only its UNet and adapters, "
+        "from there; it knows its --crop")
+    add("--min-snr", type=float, help="γ of the min-SNR weights (default: 5); 0: all time steps count "
+        "alike")
     add("--until", choices=["vae_decoder", "clip"], help="stop after this stage")
     return parser.parse_args()
 
@@ -354,7 +364,7 @@ def check_arguments(args):
         raise ValueError("--judge judges the adapter of --image-encoder: name both")
     if args.init and (args.crop or args.until):
         hint = "leave --crop and --until out"
-        raise ValueError(f"--init knows its crop and trains the last stage only: {hint}")
+        raise ValueError(f"--init knows its crop and has its encoders: {hint}")
 
 
 @processes()
@@ -385,7 +395,8 @@ def main():
     crop = args.crop and parse_crop(args.crop, find_frame(args.data))
     if args.init:
         crop = read_crop(args.init)
-    sources = Sources(Path(args.data), crop, args.image_encoder, args.judge, args.min_snr, args.init)
+    gamma = 5.0 if args.min_snr is None else args.min_snr
+    sources = Sources(Path(args.data), crop, args.image_encoder, args.judge, gamma, args.init)
     check_writable(out)
     with claim(PHOTO_RUNS):
         train_photos(out, Run(PHOTO_RUNS, PHOTO_STAGES, options, {}, args.until), sources)

@@ -1,11 +1,11 @@
-"""The UNet learns to look at image tokens: it trains together with its adapters of one photo.
+"""The UNet learns to look at image tokens: it trains together with an adapter of one photo.
 
     L = ‖ε − ε_θ(c_τ, c_i, t, z_t)‖²                                      (1)
 
-The reference is another photo of the same person, if there is one, else the photo itself. Each
-adapter reads the embeddings of another image encoder; the batch is shared out between them. A quarter
-of it has no image tokens: the UNet must make portraits of its prompts alone too, from which DreamBooth
-starts. After this stage the UNet is frozen for good, as the paper has it.
+The reference is another photo of the same person, if there is one, else the photo itself. A quarter
+of each batch has no image tokens: the UNet must make portraits of its prompts alone too, from which
+DreamBooth starts. After this stage the UNet is frozen for good, as the paper has it, and the adapter
+of another image encoder trains on it, by the same loss.
 
 A frozen UNet that learned from prompts alone never used its cross-attention for who somebody is, and
 W'k and W'v could not teach it that in a few minutes.
@@ -33,25 +33,21 @@ class Branch:
     validation people. judge: of faces, another network than the encoder, or None.
     """
 
-    name: str
     adapter: IPAdapter
     embeds: torch.Tensor
     held: object
     judge: nn.Module = None
 
 
-def make_module(unet, branches):
-    """What trains: the UNet and all adapters."""
-    adapters = {branch.name: branch.adapter for branch in branches}
-    return nn.ModuleDict({"unet": unet, **adapters})
+def together_task(sd, branch, latents, faces, held, device, out, gamma=0.0, frozen=False):
+    """Eq. 1 for the UNet and an adapter. latents (2, n, C, h, w): of `faces` (PhotoFaces).
 
-
-def together_task(sd, branches, latents, faces, held, device, out, gamma=0.0):
-    """Eq. 1 for the UNet and its adapters. latents (2, n, C, h, w): of `faces` (PhotoFaces).
-
-    validation: eq. 1 on `held` (PhotoFaces of the validation people); identity, rank-1: see
-    measure_identity. Pictures of them: out/together-<branch>.png.
+    frozen: for the adapter alone; then all rows have image tokens. validation: eq. 1 on `held`
+    (PhotoFaces of the validation people); identity, rank-1: see measure_identity. Pictures of them:
+    out/together.png, frozen: out/ip_adapter.png.
     """
+    name = "ip_adapter" if frozen else "together"
+    module = branch.adapter if frozen else nn.ModuleDict({"unet": sd.unet, "adapter": branch.adapter})
     prompts = sorted(set(faces.prompts))
     number = {prompt: k for k, prompt in enumerate(prompts)}
     which = torch.tensor([number[prompt] for prompt in faces.prompts])  # (n,)
@@ -61,55 +57,41 @@ def together_task(sd, branches, latents, faces, held, device, out, gamma=0.0):
     def loss(batch, generator):
         target = torch.randint(len(faces.pixels), (batch,), generator=generator)
         reference = faces.draw_partners(target, generator)
-        without, *parts = share_batch(batch, len(branches))
-        total = error_of(without, target, None, None, generator)
-        for branch, rows in zip(branches, parts):
-            branch.adapter.lend(sd.unet)
-            total = total + error_of(rows, target, reference, branch, generator)
+        branch.adapter.lend(sd.unet)
+        alone = 0 if frozen else batch // 4  # rows of the text alone
+        total = 0
+        if alone:
+            total = alone * error_of(target[:alone], None, generator)
+        total = total + (batch - alone) * error_of(target[alone:], reference[alone:], generator)
         return total / batch
 
-    def error_of(rows, target, reference, branch, generator):
-        """Eq. 1 of these rows of the batch, summed up; branch None: without image tokens."""
-        z_0 = pick_side(latents, target[rows], generator).to(device)
-        c_t = c_all[which[target[rows]].to(device)]
-        embeds = torch.zeros(len(rows), 1, 1)
-        if branch:
-            embeds = pick_side(branch.embeds, reference[rows], generator)[:, None]  # (b, 1, E)
+    def error_of(target, reference, generator):
+        """Eq. 1 of some rows; reference None: without image tokens."""
+        z_0 = pick_side(latents, target, generator).to(device)
+        c_t = c_all[which[target].to(device)]
+        embeds = torch.zeros(len(target), 1, 1)
+        if reference is not None:
+            embeds = pick_side(branch.embeds, reference, generator)[:, None]  # (b, 1, E)
         c_t, embeds = drop_conditions(c_t, embeds.to(device), null_c_t, 0.05, generator)
-        c_i = branch.adapter.tokens(embeds) if branch else None
+        c_i = None if reference is None else branch.adapter.tokens(embeds)
         t, eps = draw_t_and_eps(sd, z_0, generator)
-        return len(rows) * diffusion_loss(sd, z_0, t, eps, c_t, c_i, gamma)
+        return diffusion_loss(sd, z_0, t, eps, c_t, c_i, gamma)
 
     def validate():
-        values = {}
-        validate_text = validate_text_alone(sd, branches[0].held, device)
-        text = validate_text()["validation"]
-        for branch in branches:
-            branch.adapter.lend(sd.unet)
-            found = validate_branch(sd, branch, held, device, out)
-            if branch is branches[0]:
-                values |= found
-            else:
-                values |= {f"{branch.name} {name}": value for name, value in found.items()}
-        return {**values, "text alone": text}
+        branch.adapter.lend(sd.unet)
+        found = validate_branch(sd, branch, held, device, out / f"{name}.png")
+        text = validate_text_alone(sd, branch.held, device)()
+        return {**found, "text alone": text["validation"]}
 
-    return Task("together", make_module(sd.unet, branches), loss, validate)
+    return Task(name, module, loss, validate)
 
 
-def share_batch(batch, branches):
-    """The rows of a batch: a quarter for the text alone, the rest in equal parts for the branches."""
-    rows = torch.arange(batch)
-    without = batch // 4
-    return [rows[:without], *rows[without:].chunk(branches)]
-
-
-def validate_branch(sd, branch, held, device, out):
-    """Eq. 1 and identity of one adapter, whose layers the UNet has."""
-    tokens = branch.adapter.tokens
+def validate_branch(sd, branch, held, device, path):
+    """Eq. 1 and identity of one adapter, whose layers the UNet has; its pictures go to `path`."""
     n = branch.adapter.aggregator.photos
-    found = fixed_validation(sd, branch.held, tokens, device, n=n)()
+    found = fixed_validation(sd, branch.held, branch.adapter.tokens, device, n=n)()
     made, chosen = make_portraits(sd, branch, held, device)
-    save_portraits(out / f"together-{branch.name}.png", made, chosen, held)
+    save_portraits(path, made, chosen, held)
     if branch.judge:
         found |= measure_identity(branch.judge, made, chosen, held)
     return found
@@ -126,7 +108,7 @@ def choose_portraits(held, people=48):
     return torch.stack([starts[fit], starts[fit] + 1], dim=1)
 
 
-def make_portraits(sd, branch, held, device, w=2.0, steps=12):
+def make_portraits(sd, branch, held, device, w=4.0, steps=12):
     """A picture of each of them from one reference: (P, 3, 64, 64), and `choose_portraits`.
 
     Always from the same noise.
