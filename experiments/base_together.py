@@ -47,11 +47,23 @@ def together_task(sd, branch, latents, faces, held, device, out, gamma=0.0, froz
     out/together.png, frozen: out/ip_adapter.png.
     """
     name = "ip_adapter" if frozen else "together"
-    module = branch.adapter if frozen else nn.ModuleDict({"unet": sd.unet, "adapter": branch.adapter})
-    prompts = sorted(set(faces.prompts))
-    number = {prompt: k for k, prompt in enumerate(prompts)}
-    which = torch.tensor([number[prompt] for prompt in faces.prompts])  # (n,)
-    c_all = sd.encode_prompts(prompts).float()  # (u, L, D)
+    module = branch.adapter
+    if not frozen:
+        module = nn.ModuleDict({"unet": sd.unet, "adapter": branch.adapter})
+    loss = make_loss(sd, branch, latents, faces, device, gamma, frozen)
+
+    def validate():
+        branch.adapter.lend(sd.unet)
+        found = validate_branch(sd, branch, held, device, out / f"{name}.png")
+        text = validate_text_alone(sd, branch.held, device)()
+        return {**found, "text alone": text["validation"]}
+
+    return Task(name, module, loss, validate)
+
+
+def make_loss(sd, branch, latents, faces, device, gamma, frozen):
+    """Eq. 1 of a batch, see `together_task`: (batch, generator) -> scalar tensor."""
+    c_all, which = encode_each_once(sd, faces.prompts)
     null_c_t = sd.encode_prompts([""]).float()
 
     def loss(batch, generator):
@@ -77,13 +89,15 @@ def together_task(sd, branch, latents, faces, held, device, out, gamma=0.0, froz
         t, eps = draw_t_and_eps(sd, z_0, generator)
         return diffusion_loss(sd, z_0, t, eps, c_t, c_i, gamma)
 
-    def validate():
-        branch.adapter.lend(sd.unet)
-        found = validate_branch(sd, branch, held, device, out / f"{name}.png")
-        text = validate_text_alone(sd, branch.held, device)()
-        return {**found, "text alone": text["validation"]}
+    return loss
 
-    return Task(name, module, loss, validate)
+
+def encode_each_once(sd, prompts):
+    """The embeddings of all different prompts (u, L, D), and which of them each prompt has: (n,)."""
+    different = sorted(set(prompts))
+    number = {prompt: k for k, prompt in enumerate(different)}
+    which = torch.tensor([number[prompt] for prompt in prompts])
+    return sd.encode_prompts(different).float(), which
 
 
 def validate_branch(sd, branch, held, device, path):
