@@ -22,7 +22,7 @@ from ip_adapter import IPAdapter, generate
 from support.checkpoints import TINY, Checkpoint, find_beside, find_newest_adapter, find_shipped
 from support.command_lines import choose_guidance, parse_sampling
 from support.crops import find_crop, open_references
-from support.devices import DTYPE, Stopwatch, is_large, pick_device, pick_precision
+from support.devices import DTYPE, Stopwatch, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
 from support.files import check_writable
 from support.finite import check_finite
@@ -142,7 +142,7 @@ def main():
     c_t = sd.encode_prompts([prompt]).expand(args.n, -1, -1)
     null_c_t = sd.encode_prompts([args.negative])
     sd.text_encoder = sd.image_encoder = None  # no longer needed: room for pictures
-    w = choose_guidance(args.guidance, is_large(sd.unet))
+    w = choose_guidance(args.guidance, args.model)
 
     # From noise to pictures.
     check_writable(args.out.parent)  # before the work, not after it

@@ -146,8 +146,8 @@ def add_exam_arguments(parser):
     add("--people", type=int, default=60, help="people, with nine references each")
     add("--photos", type=int, default=3, help="prompts a person")
     add("--seeds", type=int, default=3, help="pictures a prompt")
-    add("--guidance", type=float, help="classifier-free guidance w (default: 4; of the models that "
-        "ship with this code what chosen.py says)")
+    add("--guidance", type=float, help="classifier-free guidance w (default: 4; of the toy world "
+        "what chosen.py says)")
     add("--steps", type=int, default=20, help="UNet evaluations a picture, 1 to 1000")
     add("--batch", type=int, default=32, help="pictures at once")
     add("--seed", type=int, default=2020, help="of the noise")
@@ -192,10 +192,7 @@ def make_settings(args, validation=False):
 
 def choose_common(args):
     """The w of all methods alike, if none is named."""
-    world = choose_world(args)
-    if world is None:
-        return 4.0
-    return chosen.COMMON if world.is_toys else chosen.PHOTOS
+    return chosen.COMMON if is_toy_world(args) else 4.0
 
 
 def is_toy_world(args):

@@ -78,7 +78,7 @@ def parse_sampling(text, aggregators):
     add("--negative", default="", help="what not to show")
     add("--lam", type=float, default=1.0, help="weight λ of the references; 0 is text only")
     add("--guidance", type=float, help="classifier-free guidance w; 1 is none (default: 3, as chosen "
-        "for the toy world by experiments/chosen.py; of Stable Diffusion 4)")
+        "for weights/tiny by experiments/chosen.py; of other models 4)")
     add("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm", help="reverse process")
     add("--steps", type=int, default=30, help="UNet evaluations, 1 to 1000")
     add("--n", type=int, default=6, help="pictures to make")
@@ -96,11 +96,11 @@ def parse_sampling(text, aggregators):
     return args
 
 
-def choose_guidance(w, is_large):
-    """w as it was given, or the default: 3 was chosen for the toy world, for nothing larger."""
+def choose_guidance(w, model):
+    """w as it was given, or the default: 3 was chosen for weights/tiny, for no other model."""
     if w is not None:
         return w
-    return 4.0 if is_large else 3.0
+    return 3.0 if Path(model).resolve() == TINY.resolve() else 4.0
 
 
 def parse_scoring(text):

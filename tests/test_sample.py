@@ -19,7 +19,7 @@ import sample
 from data import ToyFaces
 from dreambooth import add_lora
 from ip_adapter import IPAdapter, generate
-from support import fast_cpu
+from support import command_lines, fast_cpu
 from support.lora import load_lora, save_lora
 from support.checkpoints import ADAPTER
 from support.devices import peak_memory
@@ -116,7 +116,7 @@ def test_encoders_run_once_and_the_unet_once_a_step_on_both_branches(
     assert [call for call in calls if call not in ("image", "text")] == [4, 4, 4]
 
 
-def test_guidance_is_3_for_the_toy_world_and_4_for_stable_diffusion(
+def test_guidance_is_3_for_the_toy_world_and_4_for_other_models(
         monkeypatch, tiny_folder, workdir, refs):
     asked = []
 
@@ -128,9 +128,9 @@ def test_guidance_is_3_for_the_toy_world_and_4_for_stable_diffusion(
     words = ["--model", tiny_folder, "--adapter", tiny_folder / ADAPTER, "--refs", *refs, "--prompt", "a hat"]
     program(monkeypatch, *words)
     program(monkeypatch, *words, "--guidance", 0)
-    monkeypatch.setattr(sample, "is_large", lambda unet: True)
+    monkeypatch.setattr(command_lines, "TINY", tiny_folder)
     program(monkeypatch, *words)
-    assert asked == [3.0, 0.0, 4.0]
+    assert asked == [4.0, 0.0, 3.0]
 
 
 def test_lora_is_merged_before_sampling(monkeypatch, tiny_folder, workdir):

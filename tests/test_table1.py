@@ -720,7 +720,7 @@ def test_missing_adapters_are_shared_out_among_the_processes(number, first, tmp_
 
 
 @pytest.mark.parametrize("words, w", [
-    ([], 3.0), (["--model", "SHIPPED", "--data", "folder"], 2.0), (["--data", "folder"], 4.0),
+    ([], 3.0), (["--model", "SHIPPED", "--data", "folder"], 4.0), (["--data", "folder"], 4.0),
     (["--guidance", "5"], 5.0),
 ])
 def test_w_of_all_methods_is_that_of_the_model(words, w, tiny_folder, workdir, monkeypatch):
