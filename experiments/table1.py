@@ -109,9 +109,12 @@ def add_rows(table, rows):
         table.add("real photos of strangers", table.read_photos("real", shift=1))
 
 
-def save_figure_6(plan, rows, path, people=8):
-    """A row a person: the first reference, then one picture of every method of the paper."""
-    folders = {"references": "reference"}
+def save_figure_6(plan, rows, path, people=8, has_photos=True):
+    """A row a person: the first reference, then one picture of every method of the paper.
+
+    has_photos=False: instead of the reference the person's name: photos may not be anybody's to show.
+    """
+    folders = {"references": "reference"} if has_photos else {}
     for name in PAPER:
         if name not in rows:
             continue
@@ -121,7 +124,8 @@ def save_figure_6(plan, rows, path, people=8):
     for p in range(min(people, len(plan.subjects))):
         files = [plan.files(folder, p)[0] for folder in folders]
         pictures.append(list(to_tensor(read_pictures(files))))
-        captions.append(plan.shots(p)[0].prompt)
+        prompt = plan.shots(p)[0].prompt
+        captions.append(prompt if has_photos else f"{plan.subjects[p].name}: {prompt}")
     save_grid(path, pictures, list(folders.values()), captions, side=96)
 
 
@@ -304,6 +308,9 @@ def make_tables(args):
         table.write(stem)
         suffix = stem.removeprefix("table")
         save_figure_6(plan, rows, plan.out / f"figure6{suffix}.png")
+        if not plan.knows_truth:
+            path = plan.out / f"figure6{suffix}-generated.png"
+            save_figure_6(plan, rows, path, has_photos=False)
         save_plane(table, plan.out / f"plane{suffix}.png")
         print(f"wrote {plan.out}/figure6{suffix}.png, {plan.out}/plane{suffix}.png")
 

@@ -439,6 +439,8 @@ def test_table_of_photos_has_all_rows_and_with_a_face_file_its_columns(
     assert rows[REAL[0]]["face distance ↓"][0] > 0
     assert [rows[title]["N"] for title in (BEST, REAL[0], stranger)] == [8, 3, 3]
     assert "MobileFaceNet" in said["judges"][-1] and f"minus {BEST} | FID | face identity" in text
+    figures = [Image.open(exam_folder / f"runs/table/{name}.png") for name in ("figure6", "figure6-generated")]
+    assert [figure.size[0] for figure in figures] == [96 * 6, 96 * 5]  # with and without the reference
     assert rows[REAL[0]]["rank-1 ↑"][0] > rows[stranger]["rank-1 ↑"][0]
 
     # The same pictures without that judge.
