@@ -2,9 +2,9 @@
 
 The toy world's are made by train.py, into runs/<aggregator>, and those that differ in an option into
 folders that say so: runs/seed-1/avg, runs/people-50/selfattn; those of photographs (weights/photos)
-into the same folders in runs/photos. One more control is made here: same-photo, the single-image
-adapter trained on as IP-Adapter is, for the same budget. Every photo is its own and only reference,
-so the difference to the others is leave-one-out.
+into the same folders in runs/photos or, if they read MobileFaceNet, in runs/photos-faces. One more
+control is made here: same-photo, the single-image adapter trained on as IP-Adapter is, for the same
+budget. Every photo is its own and only reference, so the difference to the others is leave-one-out.
 """
 
 import subprocess
@@ -75,6 +75,7 @@ def find_adapters(runs, device, *names, world=None, **changes):
         train_adapter(best, BEST, device, world, {"data": world.data})
     recipe = read_recipe(best)
     check_recipe(best, recipe, unet)
+    check_data(best, recipe, world)
     usual = dict(recipe)
     recipe |= {option: str(value) for option, value in changes.items()}
     other = {option: value for option, value in changes.items() if str(value) != usual[option]}
@@ -158,6 +159,17 @@ def train_on_itself(file, device, world, recipe):
                       float(recipe["lr"]), seed=int(recipe["seed"]), resume=True)
     train_here(file.parent, options, str(world.model), "none", recipe["data"], people,
                Path(recipe["init"]), world.image_encoder, alone=True)
+
+
+def check_data(file, recipe, world):
+    """ValueError if `file` was trained on other people than those of the world.
+
+    Who is held out depends on the folder: others may be among them.
+    """
+    if world.is_toys or Path(recipe["data"]).resolve() == Path(world.data).resolve():
+        return
+    hint = f"name that folder, or move {file.parent.parent} away, and adapters are trained anew"
+    raise ValueError(f"{file} was trained on --data {recipe['data']}, not {world.data}: {hint}")
 
 
 def check_recipe(file, recipe, unet):

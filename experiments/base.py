@@ -2,9 +2,9 @@
 
     python -m experiments.base --people 4000       weights/tiny: two hours on two CPU cores
     python -m experiments.base --data path/to/lfw-deepfunneled --crop 58,48,198,188 \
-        --out weights/photos                       of photographs: two hours on two CPU cores
+        --image-encoder mobilefacenet.pt           weights/photos: three hours
     python -m experiments.base --data path/to/lfw-deepfunneled --init weights/photos \
-        --out weights/photos                       UNet and adapters once more, from there
+        --image-encoder mobilefacenet.pt           UNet and adapters once more, from there
 
 Trainings (STAGES, PHOTO_STAGES), one after another, each with the loop of train.py. When one
 runs, all that the others trained is frozen:
@@ -21,7 +21,7 @@ runs, all that the others trained is frozen:
                    learned with its adapter, and this is that of the CLIP image encoder
 
 Logs, checkpoints and pictures go to runs/base, of photographs to runs/base_photos. --out is written
-at the end, all at once: until then a checkpoint that is there stays whole.
+at the end, all or nothing of it: until then a checkpoint that is there stays whole.
 """
 
 import copy
@@ -41,14 +41,14 @@ from experiments.base_tasks import (clip_task, feature_net_task, measure_scaling
                                     vae_task)
 from experiments.base_together import Branch, together_task
 from ip_adapter import IPAdapter
-from support.checkpoints import ADAPTER, FACE_ADAPTER, PHOTOS, TINY
+from support.checkpoints import ADAPTER, FACE_ADAPTER, PHOTOS, TINY, replace_parts
 from support.claim import claim
 from support.crops import parse_crop, read_crop
 from support.devices import autocast, pick_device, pick_precision
 from support.distributed import processes, refuse_torchrun
+from support.face_judge import FaceJudge
 from support.face_net import FaceEncoder, MobileFaceNet, find_face_box
 from support.files import check_writable, digest_bytes, digest_file
-from support.judges import load_face_judge
 from support.pictures import find_frame
 from support.program import add_device_arguments, file_path, make_parser, run
 from toyfaces import drawing
@@ -112,16 +112,19 @@ class Run:
                 raise ValueError(f"{self.folder} {problem}: {ways}")
             for path in found:
                 path.unlink()
-        self.finished.unlink(missing_ok=True)
+            self.finished.unlink(missing_ok=True)
 
-    def train(self, task, sd):
-        """Train what the task says, with all networks of `sd` but that frozen."""
+    def train(self, task, sd, **settings):
+        """Train what the task says, with all networks of `sd` but that frozen.
+
+        settings: more of them that --resume compares.
+        """
         for network in (sd.vae, sd.text_encoder, sd.image_encoder, sd.unet):
             network.requires_grad_(False)
         task.module.requires_grad_(True)
         steps, batch, lr = self.stages[task.name]
         options = replace(self.options, steps=self.options.steps or steps, batch=batch, lr=lr)
-        rows = fit(task, self.folder, options, self.settings)
+        rows = fit(task, self.folder, options, self.settings | settings)
         start = rows[0]["validation"]
         end = rows[-1]["validation"]
         seconds = rows[-1]["seconds"]
@@ -130,7 +133,7 @@ class Run:
     def train_average(self, task, sd):
         """The same for the mean of the weights; the network ends with the best mean."""
         average = Average(task.module)
-        self.train(average_task(task, average), sd)
+        self.train(average_task(task, average), sd, every=self.options.every)
         average.settle()
 
     def stop_after(self, name):
@@ -167,10 +170,7 @@ def train_base(out, run, people):
     adapter = IPAdapter(sd.unet, features.embeds.shape[-1])
     task = adapter_task("ip_adapter", sd, adapter, features, held_features, device, alone=True)
     run.train(task, sd)
-    with claim(out):
-        save_world(out, sd, {ADAPTER: adapter})
-        judge.save(out / "feature_net")
-    print(f"wrote {out}")
+    save_world(out, sd, {ADAPTER: adapter}, judge)
     run.finished.touch()
 
 
@@ -183,13 +183,21 @@ def train_vae(run, sd, faces, held):
         sd.vae.config["scaling_factor"] = measure_scaling_factor(sd, faces.pixels, device)
 
 
-def save_world(out, sd, adapters):
-    """Write the checkpoint and {file in it: adapter}, all in float16."""
-    sd.save(out)
-    for name, adapter in adapters.items():
-        path = out / name
-        path.parent.mkdir(exist_ok=True)
-        adapter.half().save(path)
+def save_world(out, sd, adapters, judge=None):
+    """Write the checkpoint, {file in it: adapter} and the judge, all in float16, all or nothing."""
+
+    def write(folder):
+        sd.save(folder)
+        for name, adapter in adapters.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            adapter.half().save(path)
+        if judge:
+            judge.save(folder / "feature_net")
+
+    with claim(out):
+        replace_parts(out, write)
+    print(f"wrote {out}")
 
 
 # ---------------------------------------------------------------- photographs
@@ -215,10 +223,13 @@ class Sources:
         """ValueError for files that are none: now, not after hours."""
         if self.init and not (self.init / ADAPTER).is_file():
             raise ValueError(f"--init {self.init}: not a model of this program, it has no {ADAPTER}")
+        if self.init and (self.init / FACE_ADAPTER).is_file() and not self.face_net:
+            hint = "name that recogniser with --image-encoder, mobilefacenet.pt"
+            raise ValueError(f"--init {self.init}: its UNet has a second adapter, {FACE_ADAPTER}, too: {hint}")
         if self.face_net:
             MobileFaceNet(self.face_net, find_face_box(self.crop))
         if self.judge:
-            load_face_judge(self.judge)
+            FaceJudge.load(self.judge)
 
     def describe(self, faces):
         """What the results depend on, for --resume."""
@@ -227,6 +238,7 @@ class Sources:
             "data": digest_bytes(photos),
             "crop": self.crop,
             "image-encoder": self.face_net and digest_file(self.face_net),
+            "judge": self.judge and digest_file(self.judge),
             "min-snr": self.gamma,
             "init": self.init and digest_bytes(*sorted(self.init.rglob("*.safetensors"))),
         }
@@ -254,15 +266,13 @@ def train_photos(out, run, sources):
         held_features = Features(sd, held.people)
 
     branches = make_branches(sd, faces, held, held_features, sources, run.options)
-    leader = next(iter(branches.values()))
-    for branch in branches.values():
+    for branch in branches:
+        branch.adapter = make_adapter(sd, branch, sources.init)
         task = together_task(sd, branch, latents, faces, held, device, run.folder, sources.gamma,
-                             frozen=branch is not leader)
+                             frozen=branch is not branches[0])
         run.train_average(task, sd)
     save_text_pictures(run.folder / "text.png", sd, held.prompts)
-    with claim(out):
-        save_world(out, sd, {file: branch.adapter for file, branch in branches.items()})
-    print(f"wrote {out}")
+    save_world(out, sd, {branch.file: branch.adapter for branch in branches})
     run.finished.touch()
 
 
@@ -290,17 +300,15 @@ def make_photo_world(faces, crop, device):
 
 
 def make_branches(sd, faces, held, held_features, sources, options):
-    """{file: adapter of one photo}: of MobileFaceNet if its file is given, and of our image encoder.
+    """The Branch of MobileFaceNet, if its file is given, and that of our own image encoder.
 
-    The UNet learns with the first.
+    The UNet learns with the first. They have no adapters yet.
     """
     device = options.device
     with autocast(device, options.precision):
-        embeds = embed_both_sides(sd, faces.pixels)
-    adapter = make_adapter(sd, embeds.shape[-1], sources.init, ADAPTER)
-    ours = Branch(adapter, embeds, held_features)
+        ours = Branch(ADAPTER, embed_both_sides(sd, faces.pixels), held_features)
     if sources.face_net is None:
-        return {ADAPTER: ours}
+        return [ours]
     net = MobileFaceNet(sources.face_net, find_face_box(sources.crop)).to(device)
     ours.judge = net
     # The same model with the other encoder. In float32: identity is a matter of small differences.
@@ -308,17 +316,15 @@ def make_branches(sd, faces, held, held_features, sources, options):
     other.image_encoder = FaceEncoder(net, sd.image_size)
     other.preprocessor = {**sd.preprocessor, **FaceEncoder.COLOURS}
     embeds = embed_both_sides(other, faces.pixels)
-    adapter = make_adapter(sd, embeds.shape[-1], sources.init, FACE_ADAPTER)
-    judge = sources.judge and load_face_judge(sources.judge, device=device)
-    of_faces = Branch(adapter, embeds, Features(other, held.people), judge)
-    return {FACE_ADAPTER: of_faces, ADAPTER: ours}
+    judge = sources.judge and FaceJudge.load(sources.judge).to(device)
+    return [Branch(FACE_ADAPTER, embeds, Features(other, held.people), judge), ours]
 
 
-def make_adapter(sd, width, init, name):
-    """An adapter of one photo for embeddings of this width: that of the folder `init`, or a new one."""
-    if init and (init / name).is_file():
-        return IPAdapter.load(init / name, sd.unet)
-    return IPAdapter(sd.unet, width)
+def make_adapter(sd, branch, init):
+    """The adapter of one photo of the folder `init`, or a new one: its W'k and W'v are W_k and W_v."""
+    if init and (init / branch.file).is_file():
+        return IPAdapter.load(init / branch.file, sd.unet)
+    return IPAdapter(sd.unet, branch.embeds.shape[-1])
 
 
 # ---------------------------------------------------------------- command line

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data import LFW, ToyFaces, split
 from experiments.plan import REFERENCES, VALIDATION
+from support.devices import autocast_dtype, device_of
 from support.face_net import FaceEncoder
 from support.files import digest, load_or_compute
 from support.pictures import open_photos, to_tensor
@@ -187,7 +188,8 @@ def encode_both_sides(sd, pixels):
 
     scale = sd.vae.config["scaling_factor"]
     key = digest(sd.vae.encoder, sd.vae.quant_conv, scale=scale)
-    return load_or_compute(encode, "latents", VERSION, key, digest_pixels(pixels))["x"]
+    keys = ("latents", VERSION, key, digest_pixels(pixels), autocast_dtype(device_of(sd.vae)))
+    return load_or_compute(encode, *keys)["x"]
 
 
 @torch.inference_mode()
@@ -205,7 +207,8 @@ def embed_both_sides(sd, pixels):
         return {"x": torch.cat(parts)}
 
     key = digest(sd.image_encoder, preprocessor=sd.preprocessor)
-    found = load_or_compute(embed, "embeddings", VERSION, key, digest_pixels(pixels))["x"]
+    keys = ("embeddings", VERSION, key, digest_pixels(pixels), autocast_dtype(device_of(sd.vae)))
+    found = load_or_compute(embed, *keys)["x"]
     return torch.stack([found, found]) if is_same else found.unflatten(0, (2, -1))
 
 

@@ -20,7 +20,7 @@ def save_round_trips(path, sd, held):
 
 
 @torch.inference_mode()
-def save_text_pictures(path, sd, prompts, w=2.0, steps=20):
+def save_text_pictures(path, sd, prompts, w=4.0, steps=20):
     """A row of pictures for each of the four most frequent prompts."""
     frequent = sorted(set(prompts), key=prompts.count, reverse=True)[:4]
     device = device_of(sd.unet)

@@ -29,14 +29,16 @@ from train import Task, draw_t_and_eps, fixed_validation
 class Branch:
     """An adapter and all that belongs to its image encoder.
 
-    embeds (2, n, E): of the training photos and their mirror images. held: data.Features of the
-    validation people. judge: of faces, another network than the encoder, or None.
+    file: of the adapter, in the model's folder. embeds (2, n, E): of the training photos and their
+    mirror images. held: data.Features of the validation people. judge: of faces, another network than
+    the encoder, or None.
     """
 
-    adapter: IPAdapter
+    file: str
     embeds: torch.Tensor
     held: object
     judge: nn.Module = None
+    adapter: IPAdapter = None
 
 
 def together_task(sd, branch, latents, faces, held, device, out, gamma=0.0, frozen=False):
@@ -138,7 +140,11 @@ def make_portraits(sd, branch, held, device, w=4.0, steps=12):
 
 
 def measure_identity(judge, made, chosen, held):
-    """identity: mean cosine to the person's other photos than the reference; rank-1: nearest of all."""
+    """identity, rank-1: of pictures from references, compared with other photos of the people.
+
+    identity: the mean cosine to the person's own, less that to everybody else's: pictures of nobody
+    have 0. rank-1: how often the person is the nearest of all.
+    """
     device = next(judge.parameters()).device
     features = judge.read(judge.resize(made.to(device)))[0].float().cpu()
     real = []
@@ -147,9 +153,11 @@ def measure_identity(judge, made, chosen, held):
         images = to_tensor(held.pixels[others]).to(device)
         real.append(judge.read(judge.resize(images))[0].float().cpu())
     cosines = compare_people(list(features.split(1)), real)  # P times (1, P)
-    own = [rows[0, p] for p, rows in enumerate(cosines)]
+    table = torch.cat(cosines)  # (P, P), a row a picture
+    is_own = torch.eye(len(table), dtype=torch.bool)
+    identity = table[is_own].mean() - table[~is_own].mean()
     right = torch.cat(rank_one(cosines))
-    return {"identity": float(torch.stack(own).mean()), "rank-1": float(right.mean())}
+    return {"identity": float(identity), "rank-1": float(right.mean())}
 
 
 def save_portraits(path: Path, made, chosen, held, people=12):

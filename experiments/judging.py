@@ -4,7 +4,7 @@
               or nobody
     truth     FeatureNet, of photos that carry labels      right attributes: identity, prompt
     CLIP      the model's own encoders                     CLIP-I, copy, CLIP-T
-    faces     MobileFaceNet, if its file is given          face identity, face copy, rank-1
+    faces     MobileFaceNet or FaceJudge, if given         face identity, face copy, rank-1
 """
 
 import torch

@@ -182,24 +182,33 @@ class Plan:
         return {"version": VERSION, "model": self.model, **settings, "persons": people,
                 "methods": methods}
 
-    def settle(self):
-        """Write plan.json, or check it against the one that is there.
+    @property
+    def path(self):
+        return self.out / "plan.json"
+
+    def check(self):
+        """The content of the plan.json that is there, None if there is none.
 
         Methods may be added to a plan, everything else must be the same. ValueError says what
         differs.
         """
-        path = self.out / "plan.json"
+        if not self.path.exists():
+            return None
+        found = read_json(self.path)
+        wrong = find_differences(found, self.describe())
+        if wrong:
+            hint = "give another --out, or move this folder away"
+            raise ValueError(f"{self.path} is another plan ({'; '.join(wrong[:5])}): {hint}")
+        return found
+
+    def settle(self):
+        """Write plan.json, or check it against the one that is there, and add its methods."""
+        found = self.check()
         wanted = self.describe()
-        if path.exists():
-            found = read_json(path)
-            wrong = find_differences(found, wanted)
-            if wrong:
-                hint = "give another --out, or move this folder away"
-                raise ValueError(f"{path} is another plan ({'; '.join(wrong[:5])}): {hint}")
+        if found:
             wanted["methods"] = {**found["methods"], **wanted["methods"]}
-            if wanted == found:
-                return
-        write_json(path, wanted)
+        if wanted != found:
+            write_json(self.path, wanted)
 
 
 def find_differences(found, wanted):

@@ -1,4 +1,4 @@
-"""Quality against one thing at a time, on toy people that nobody was trained on.
+"""Quality against one thing at a time, on people that nobody was trained on.
 
 On the people of the tables:
 

@@ -33,6 +33,7 @@ from support.claim import claim
 from support.devices import pick_device, pick_precision
 from support.distributed import (alone, barrier, first_alone, is_first, processes, rank,
                                  world_size)
+from support.face_net import FaceEncoder
 from support.judges import load_face_judge, load_judge, name_face_box
 from support.pictures import save_grid, to_tensor
 from support.plots import plot_plane
@@ -227,22 +228,27 @@ def load_judges(args, device):
     return load_judge(quality, device=device), faces
 
 
-def find_files(args, device, names):
-    """The adapter of one photo, and {name: its files} of the trained ones, of the wanted `names`.
-
-    Those of models that ship with this code are found in --runs, or trained, with --trainings seeds;
-    for other models and people they are given.
-    """
+def find_single(args):
+    """The adapter of one photo."""
     single = args.adapter or find_shipped(args.model, args.image_encoder)
     if not single.is_file():
         hint = "name one with --adapter (ip-adapter_sd15.safetensors)"
         raise ValueError(f"{single}: no such adapter; {hint}")
+    return single
+
+
+def find_files(args, device, names):
+    """{name: its files} of the trained adapters, of the wanted `names`.
+
+    Those of models that ship with this code are found in --runs, or trained, with --trainings seeds;
+    for other models and people they are given.
+    """
     world = choose_world(args)
     if world:
-        return single, find_trained(args.runs, device, world, names, args.trainings)
+        return find_trained(args.runs, device, world, names, args.trainings)
     if not args.selfattn:
         print("note: no row of self-attention; name its adapter with --selfattn")
-    return single, list_given(BEST, args.selfattn, args.trained)
+    return list_given(BEST, args.selfattn, args.trained)
 
 
 def find_trained(runs, device, world, names, trainings):
@@ -270,10 +276,20 @@ def prepare(args, out, names, validation=False):
     """
     settings = make_settings(args, validation)
     judges = load_judges(args, settings.device)
-    single, trained = find_files(args, settings.device, names)
+    single = find_single(args)
     sd = load_for_pictures(args.model, settings, args.image_encoder or find_beside(single))
+    refuse_own_judge(sd.image_encoder, judges[1])
     plan = make_plan(out, settings, sd, args.data)
+    plan.check()
+    trained = find_files(args, settings.device, names)
     return judges, sd, plan, single, trained
+
+
+def refuse_own_judge(image_encoder, judge):
+    """ValueError if the embeddings are those of the judge of faces: it would judge itself."""
+    if isinstance(image_encoder, FaceEncoder) and isinstance(judge, type(image_encoder.net)):
+        hint = "experiments.base_judge trains another one for --faces"
+        raise ValueError(f"--faces is the network that --image-encoder names, and would judge itself; {hint}")
 
 
 def make_tables(args):

@@ -346,8 +346,16 @@ def make_image_encoder(config):
 def write_checkpoint(folder, *parts):
     """Write a checkpoint in diffusers' layout, whole or not at all; what else is there stays.
 
-    parts: as in write_parts. Everything is written to a temporary folder first, then each part takes
-    the place of the old one. If it is killed in between, support.claim puts the old ones back.
+    parts: as in write_parts.
+    """
+    replace_parts(folder, lambda new: write_parts(new, *parts))
+
+
+def replace_parts(folder, write):
+    """All that write(new) puts into the folder `new` comes into `folder`, all or nothing of it.
+
+    It is written to a temporary folder first, then each file or folder takes the place of the old one
+    of its name. If it is killed in between, support.claim puts the old ones back.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -355,7 +363,7 @@ def write_checkpoint(folder, *parts):
         new = Path(temporary, "new")
         old = Path(temporary, "old")
         old.mkdir()
-        write_parts(new, *parts)
+        write(new)
         for part in new.iterdir():
             if (folder / part.name).exists():
                 (folder / part.name).rename(old / part.name)

@@ -80,8 +80,10 @@ class FaceJudge(nn.Module):
         """Read what `save` wrote: float32, in eval mode. ValueError if it is something else."""
         tensors, metadata = read_safetensors(path)
         try:
-            judge = cls(int(metadata["face_judge"]))
-            judge.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+            with torch.device("meta"):  # draws no random numbers
+                judge = cls(int(metadata["face_judge"]))
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}
+            judge.load_state_dict(tensors, assign=True)
         except Exception as error:  # a wrong file fails in many ways
             hint = "python -m experiments.base_judge makes one"
             raise ValueError(f"{path} is no judge of faces: {hint}") from error

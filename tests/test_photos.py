@@ -412,6 +412,9 @@ def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_fi
 
     # Trained on from there: UNet and adapters alone, on the same crop.
     more = [word for word in words if word not in (*WORDS, "--out", "photos")]
+    with pytest.raises(SystemExit):  # its second adapter would be left with the old UNet
+        program(base, monkeypatch, "--data", portraits, "--init", "photos")
+    assert "name that recogniser with --image-encoder" in capsys.readouterr().err
     keep, scores_so_far = base_average.Average.keep, iter(range(9))
     with monkeypatch.context() as patch:
         patch.setattr(base_average.Average, "keep", lambda self, _: keep(self, next(scores_so_far)))  # the last
@@ -429,11 +432,16 @@ def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_fi
     # With --resume another crop is another training.
     program(base, monkeypatch, *words)
     capsys.readouterr()
-    monkeypatch.setattr(base, "PHOTO_STAGES", {name: (2, 4, 1e-3) for name in base.PHOTO_STAGES})
     words[words.index("58,48,198,188")] = "50,40,200,190"
     with pytest.raises(SystemExit):
         program(base, monkeypatch, *words, "--resume")
-    assert "--resume" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--resume" in said and "--crop" in said
+    assert (base.PHOTO_RUNS / "finished").exists()  # what was refused has changed nothing
+    words[words.index("50,40,200,190")] = "58,48,198,188"
+    with pytest.raises(SystemExit):  # it decides which means may be kept
+        program(base, monkeypatch, *words, "--resume", "--every", 1)
+    assert "--every 100, not 1" in capsys.readouterr().err
 
 
 def tensors_of(folder):
@@ -454,7 +462,7 @@ def test_unet_and_adapter_learn_together_then_an_adapter_alone(cut_model, portra
     mirrored = sd.encode_latents(to_tensor(faces.pixels[:1].flip(3)))
     assert F.mse_loss(latents[1, :1], mirrored) < F.mse_loss(latents[0, :1], mirrored)
     embeds = randn(2, len(faces.pixels), 48).float()
-    branch = base_together.Branch(IPAdapter(sd.unet, 48), embeds, None)
+    branch = base_together.Branch(ADAPTER, embeds, None, adapter=IPAdapter(sd.unet, 48))
 
     def make_task(frozen, branch=branch, latents=latents):
         device = torch.device("cpu")
@@ -474,7 +482,7 @@ def test_unet_and_adapter_learn_together_then_an_adapter_alone(cut_model, portra
 
     # What a photo is asked to be like is another one of the person: photo k is the number k + 1.
     numbers = torch.arange(1.0, len(faces.pixels) + 1)[None, :, None].expand(2, -1, 48)
-    of_numbers = base_together.Branch(branch.adapter, numbers, None)
+    of_numbers = base_together.Branch(ADAPTER, numbers, None, adapter=branch.adapter)
     targets = numbers[..., :1, None, None].expand(2, -1, 4, 16, 16)
     pairs = []
     with monkeypatch.context() as patch, torch.no_grad():
@@ -499,24 +507,38 @@ def test_unet_and_adapter_learn_together_then_an_adapter_alone(cut_model, portra
 
 
 def test_identity_is_of_the_persons_other_photos(faces):
-    class Judge(torch.nn.Linear):  # who it is, written into the pixels
+    class Judge(torch.nn.Linear):  # knows every photo: its features say whose it is
         def resize(self, images):
             return images
 
         def read(self, images):
-            level = images.mean(dim=(1, 2, 3))
-            return torch.stack([level, 1 - level.abs()], dim=1), None
+            known = to_tensor(faces.pixels).flatten(1)
+            number = torch.cdist(images.flatten(1), known).argmin(dim=1)
+            return F.one_hot(faces.who[number], len(faces.people)).float(), None
 
     judge = Judge(1, 1)
     chosen = base_together.choose_portraits(faces)
     assert (faces.who[chosen[:, 0]] == faces.who[chosen[:, 1]]).all() and (chosen[:, 0] != chosen[:, 1]).all()
     second = to_tensor(faces.pixels[chosen[:, 1]])
-    pair = torch.bincount(faces.who)[faces.who[chosen[:, 0]]] == 2  # the other photo is the second, only
-    of_pairs = base_together.measure_identity(judge, second[pair], chosen[pair], faces)
-    assert pair.any() and of_pairs["identity"] == pytest.approx(1, abs=1e-6)
-    measured = base_together.measure_identity(judge, second, chosen, faces)
-    assert 0 <= measured["rank-1"] <= 1 and measured["identity"] > 0.9
-    assert base_together.measure_identity(judge, -second, chosen, faces)["identity"] < measured["identity"]
+    right = base_together.measure_identity(judge, second, chosen, faces)
+    assert right == pytest.approx({"identity": 1, "rank-1": 1})
+    wrong = base_together.measure_identity(judge, second.roll(1, 0), chosen, faces)
+    assert wrong == pytest.approx({"identity": -1 / (len(chosen) - 1), "rank-1": 0})
+    # Somebody whom all look like: no identity.
+    same = base_together.measure_identity(judge, second[:1].expand_as(second), chosen, faces)
+    assert same == pytest.approx({"identity": 0, "rank-1": 1 / len(chosen)}, abs=1e-6)
+
+
+def test_min_snr_weighs_eq1(cut_model):
+    sd = StableDiffusion.load(cut_model)
+    z_0, eps, c_t = randn(4, 4, 16, 16).float(), randn(4, 4, 16, 16).float(), randn(4, 48, 48).float()
+    t = torch.tensor([0, 100, 500, 999])
+    alone = [base_tasks.diffusion_loss(sd, z_0[k:k + 1], t[k:k + 1], eps[k:k + 1], c_t[k:k + 1], None) for k in range(4)]
+    weights = base_tasks.min_snr_weights(t, sd.schedule, 5.0)
+    assert weights[0] < 0.1 and weights[2] == weights[3] == 1
+    weighted = base_tasks.diffusion_loss(sd, z_0, t, eps, c_t, None, 5.0)
+    close(weighted, (weights * torch.stack(alone)).mean(), 1e-5)
+    close(base_tasks.diffusion_loss(sd, z_0, t, eps, c_t, None), torch.stack(alone).mean(), 1e-5)
 
 
 def test_base_judge_writes_a_judge_that_tables_take(portraits, workdir, monkeypatch, capsys):

@@ -24,6 +24,8 @@ from metrics import bootstrap_ci, fid, inception_score, kernel_distance
 from support import judges
 from support.checkpoints import ADAPTER, digest_encoders, read_adapter
 from support.devices import autocast, pick_precision
+from support.face_judge import FaceJudge
+from support.face_net import FaceEncoder, MobileFaceNet
 from support.files import digest, digest_file
 from support.inception import InceptionV3
 from support.pictures import load_image, save_image, to_images, to_tensor
@@ -520,6 +522,24 @@ def test_steps_and_people_are_refused_before_adapters_are_trained(exam_folder, m
     for words in (["--steps", "1001"], ["--people", "1"], ["--faces", "none.pt"]):
         code, _, line = command(table1, *SIZE, *words)
         assert code == 2 and words[0][2:] in line.replace("two people", "people").replace("none.pt", "faces")
+    # In a folder where there is another plan, too.
+    (exam_folder / "runs/table").mkdir(parents=True)
+    (exam_folder / "runs/table/plan.json").write_text('{"methods": {}, "seed": 1}')
+    code, _, line = command(table1, *SIZE)
+    assert code == 2 and "is another plan" in line
+
+
+def test_a_recogniser_does_not_judge_its_own_embeddings():
+    net = MobileFaceNet.__new__(MobileFaceNet)
+    encoder = FaceEncoder.__new__(FaceEncoder)
+    torch.nn.Module.__init__(net)
+    torch.nn.Module.__init__(encoder)
+    encoder.net = net
+    with pytest.raises(ValueError, match="would judge itself"):
+        table1.refuse_own_judge(encoder, net)
+    table1.refuse_own_judge(encoder, FaceJudge())
+    table1.refuse_own_judge(FaceJudge(), net)
+    table1.refuse_own_judge(encoder, None)
 
 
 # --------------------------------------------------------------------------- what rows say
@@ -692,6 +712,8 @@ def test_adapters_of_the_models_that_ship_are_kept_apart_and_trained_on_their_pe
     assert [said["--out"] for said in asked] == [
         "runs/photos/selfattn", "runs/photos/seed-1/selfattn", "runs/photos/seed-1/avg"]
     assert all(said["--model"] == str(shipped) and said["--data"] == "folder" for said in asked)
+    with pytest.raises(ValueError, match="trained on --data folder, not another"):
+        adapters.find_adapters(Path("runs"), "cpu", "avg", world=adapters.find_world("photos", "another"))
     assert all("--image-encoder" not in said for said in asked) and asked[2]["--seed"] == "1"
     world = adapters.find_world(shipped, "folder", "faces.pt")
     found = adapters.find_adapters(Path("runs"), "cpu", "avg", world=world)
