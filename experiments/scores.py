@@ -172,6 +172,19 @@ class Row:
         return self.average([measure(pictures) for pictures in self.trainings])
 
 
+MEANINGS = {  # of the columns, for the text under the table
+    "FID ↓": """FID is to held-out photos of the same people, which have the scenes of the prompts;
+FeatureNet's does not see blur and noise. KID leaves out pairs of one person. IS counts a guess
+for the hair under a hat, too.""",
+    "prompt ↑": "Identity, prompt: right attributes among those that the prompt leaves visible.",
+    "CLIP-I ↑": "CLIP-I: cosine to the person's other held-out photos.",
+    "rank-1 ↑": """Face identity: the same by the judge of faces. Rank-1: the share of pictures that
+are nearer to their own person's photos than to anybody else's of the {people}; by chance
+{chance:.3f}. Face distance: Fréchet, of that judge's features, to the held-out photos; no FID of
+papers.""",
+    "copy": """Copy: cosine to the nearest reference minus CLIP-I, or minus face identity, shown minus
+what other real photos score ({copies}).""",
+}
 OF_SETS = {  # columns that say something of all pictures together; of the others each is a mean
     "FID ↓": Row.fid,
     "KID ↓": Row.kid,
@@ -377,26 +390,22 @@ class Table:
         """The text under the table: how it was made, and what its columns are."""
         settings = self.plan.settings
         judges = "\n".join(f"- {text}." for text in self.judges.names)
-        copies = ", ".join(f"{column}: {value:.3f}" for column, value in self.natural.items())
         people = len(self.plan.subjects)
+        copies = ", ".join(f"{column}: {value:.3f}" for column, value in self.natural.items())
+        known = dict(people=people, chance=1 / people, copies=copies or "there are none")
+        columns = [text.format(**known) for column, text in MEANINGS.items() if column in self.columns]
+        meanings = "\n".join(columns)
         return f"""
 `{command}`: {people} people never seen in training,
 {settings.photos} prompts each, {settings.seeds} pictures a prompt,
 {settings.steps} steps, seed {settings.seed}; w is that of eq. 11.
 {judges}
 In brackets: 95 % intervals over people and, of rows of several trainings, over these too: both are
-drawn anew, with replacement, in each of {DRAWS} draws (of FID {self.count_draws("FID ↓")}). Numbers of
-such rows are means over the trainings.
-FID is to held-out photos of the same people, which have the scenes of the prompts; FeatureNet's
-does not see blur and noise. KID leaves out pairs of one person. Identity, prompt: right attributes
-among those that the prompt leaves visible. CLIP-I, face identity: cosine to the person's other
-held-out photos. Rank-1: the share of pictures that are nearer to their own person's photos than to
-anybody else's of the {people}; by chance {1 / people:.3f}. Face distance: Fréchet, of the features of
-the judge of faces, to the held-out photos; no FID of papers. Copy: cosine to the nearest reference
-minus CLIP-I, or minus face identity, shown minus what other real
-photos score ({copies or "there are none"}). DreamBooth's seconds include
-fine-tuning, and a share of the class pictures if these were not there yet. IS counts a guess for
-the hair under a hat, too.
+drawn anew, with replacement, in each of {DRAWS} draws (of {self.distance_column[:-2]} \
+{self.count_draws(self.distance_column)}). Numbers of such rows are means over the trainings.
+{meanings}
+DreamBooth's seconds include fine-tuning, and a share of the class pictures if these were not there
+yet.
 """
 
     def write(self, stem):
