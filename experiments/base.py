@@ -101,7 +101,8 @@ class Run:
     def begin(self):
         """Remove the checkpoints of a finished run: the later ones would be taken for this run's.
 
-        ValueError if there are some of a run that is not finished. With --resume all stay.
+        ValueError if there are some of a run that is not finished. With --resume all stay; if one is
+        missing, the run is not finished any more.
         """
         checkpoints = [self.folder / f"{name}.pt" for name in self.stages]
         found = [path for path in checkpoints if path.exists()]
@@ -112,6 +113,7 @@ class Run:
                 raise ValueError(f"{self.folder} {problem}: {ways}")
             for path in found:
                 path.unlink()
+        if not self.options.resume or len(found) < len(checkpoints):
             self.finished.unlink(missing_ok=True)
 
     def train(self, task, sd, **settings):

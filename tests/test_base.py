@@ -46,21 +46,25 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("words, finished, left", [
-    (["--resume"], False, True),
-    (["--resume"], True, True),
-    ([], True, False),
+@pytest.mark.parametrize("words, finished, missing, left, stays", [
+    (["--resume"], False, 0, True, False),
+    (["--resume"], True, 0, True, True),  # options that are refused later change nothing
+    (["--resume"], True, 1, True, False),
+    ([], True, 0, False, False),
 ])
-def test_base_forgets_the_stages_of_a_finished_run_unless_it_resumes(words, finished, left, workdir, monkeypatch):
+def test_base_forgets_the_stages_of_a_finished_run_unless_it_resumes(
+        words, finished, missing, left, stays, workdir, monkeypatch):
     def stop(*_):
         raise Stop
 
     monkeypatch.setattr(base_data, "make_pixels", stop)
     files = touch_checkpoints(finished)
+    for file in files[:missing]:
+        file.unlink()
     with pytest.raises(Stop):
         program(monkeypatch, "--people", 2, *words)
-    assert {file.exists() for file in files} == {left}
-    assert not base.FINISHED.exists()
+    assert {file.exists() for file in files[missing:]} == {left}
+    assert base.FINISHED.exists() == stays
 
 
 def test_base_does_not_forget_a_run_that_is_not_finished(workdir, monkeypatch, capsys):
