@@ -101,8 +101,7 @@ class Run:
     def begin(self):
         """Remove the checkpoints of a finished run: the later ones would be taken for this run's.
 
-        ValueError if there are some of a run that is not finished. With --resume all stay; if one is
-        missing, the run is not finished any more.
+        ValueError if there are some of a run that is not finished. With --resume all stay.
         """
         checkpoints = [self.folder / f"{name}.pt" for name in self.stages]
         found = [path for path in checkpoints if path.exists()]
@@ -113,7 +112,6 @@ class Run:
                 raise ValueError(f"{self.folder} {problem}: {ways}")
             for path in found:
                 path.unlink()
-        if not self.options.resume or len(found) < len(checkpoints):
             self.finished.unlink(missing_ok=True)
 
     def train(self, task, sd, **settings):
@@ -126,16 +124,18 @@ class Run:
         task.module.requires_grad_(True)
         steps, batch, lr = self.stages[task.name]
         options = replace(self.options, steps=self.options.steps or steps, batch=batch, lr=lr)
+        if not (self.folder / f"{task.name}.pt").exists():
+            self.finished.unlink(missing_ok=True)  # what is made now is not
         rows = fit(task, self.folder, options, self.settings | settings)
         start = rows[0]["validation"]
         end = rows[-1]["validation"]
         seconds = rows[-1]["seconds"]
         print(f"{task.name}: validation {start:.4f} -> {end:.4f} in {seconds:.0f} s", flush=True)
 
-    def train_average(self, task, sd):
+    def train_average(self, task, sd, **settings):
         """The same for the mean of the weights; the network ends with the best mean."""
         average = Average(task.module)
-        self.train(average_task(task, average), sd, every=self.options.every)
+        self.train(average_task(task, average), sd, every=self.options.every, **settings)
         average.settle()
 
     def stop_after(self, name):
@@ -209,8 +209,9 @@ def save_world(out, sd, adapters, judge=None):
 class Sources:
     """What photographs are trained from. root: of a folder like LFW; crop: crops.Crop or None.
 
-    face_net: the file of MobileFaceNet, for a second adapter that reads it, and the judge of the
-    other in validation. judge: the file of base_judge.py, the judge of that one. gamma: min-SNR.
+    face_net: the file of MobileFaceNet: the UNet learns with an adapter that reads it, and of the
+    other adapter it is the judge. judge: the file of base_judge.py, the judge of that one. gamma: of
+    the min-SNR weights.
     init: a folder whose networks have been through all stages; UNet and adapters train on.
     """
 
@@ -218,7 +219,7 @@ class Sources:
     crop: object = None
     face_net: Path = None
     judge: Path = None
-    gamma: float = 0.0
+    gamma: float = 5.0
     init: Path = None
 
     def check(self):
@@ -226,8 +227,9 @@ class Sources:
         if self.init and not (self.init / ADAPTER).is_file():
             raise ValueError(f"--init {self.init}: not a model of this program, it has no {ADAPTER}")
         if self.init and (self.init / FACE_ADAPTER).is_file() and not self.face_net:
-            hint = "name that recogniser with --image-encoder, mobilefacenet.pt"
-            raise ValueError(f"--init {self.init}: its UNet has a second adapter, {FACE_ADAPTER}, too: {hint}")
+            problem = f"its UNet has an adapter of MobileFaceNet, too ({FACE_ADAPTER})"
+            hint = "name that recogniser with --image-encoder"
+            raise ValueError(f"--init {self.init}: {problem}: {hint}")
         if self.face_net:
             MobileFaceNet(self.face_net, find_face_box(self.crop))
         if self.judge:
@@ -240,7 +242,6 @@ class Sources:
             "data": digest_bytes(photos),
             "crop": self.crop,
             "image-encoder": self.face_net and digest_file(self.face_net),
-            "judge": self.judge and digest_file(self.judge),
             "min-snr": self.gamma,
             "init": self.init and digest_bytes(*sorted(self.init.rglob("*.safetensors"))),
         }
@@ -272,7 +273,7 @@ def train_photos(out, run, sources):
         branch.adapter = make_adapter(sd, branch, sources.init)
         task = together_task(sd, branch, latents, faces, held, device, run.folder, sources.gamma,
                              frozen=branch is not branches[0])
-        run.train_average(task, sd)
+        run.train_average(task, sd, judge=sources.judge and digest_file(sources.judge))
     save_text_pictures(run.folder / "text.png", sd, held.prompts)
     save_world(out, sd, {branch.file: branch.adapter for branch in branches})
     run.finished.touch()
@@ -350,9 +351,10 @@ def parse_arguments():
     add = parser.add_argument_group("--data FOLDER").add_argument
     add("--crop", help="the part of a photo to learn, left,top,right,bottom in pixels or fractions "
         "(default: the centre square)")
-    add("--image-encoder", type=file_path, help="mobilefacenet.pt: train a second adapter that "
-        "reads it; for the first one it judges faces in validation")
-    add("--judge", type=file_path, help="of experiments.base_judge: it judges the second adapter's")
+    add("--image-encoder", type=file_path, help="mobilefacenet.pt: the UNet learns with an "
+        "adapter that reads it; of the adapter of our own encoder it judges the faces in validation")
+    add("--judge", type=file_path, help="of experiments.base_judge: it judges the faces of the "
+        "adapter that reads MobileFaceNet")
     add("--init", type=Path, help="a folder that this program wrote: train only its UNet and adapters, "
         "from there; it knows its --crop")
     add("--min-snr", type=float, help="γ of the min-SNR weights (default: 5); 0: all time steps count "
@@ -363,7 +365,7 @@ def parse_arguments():
 
 def check_arguments(args):
     of_photos = (args.crop, args.image_encoder, args.judge, args.init, args.min_snr, args.until)
-    if args.data == "toy" and any(of_photos):
+    if args.data == "toy" and any(value is not None for value in of_photos):
         flags = "--crop, --image-encoder, --judge, --init, --min-snr and --until"
         raise ValueError(f"{flags} are for --data FOLDER")
     if args.data != "toy" and not Path(args.data).is_dir():

@@ -173,10 +173,10 @@ class Row:
 
 
 MEANINGS = {  # of the columns, for the text under the table
-    "FID ↓": """FID is to held-out photos of the same people, which have the scenes of the prompts;
-FeatureNet's does not see blur and noise. KID leaves out pairs of one person. IS counts a guess
-for the hair under a hat, too.""",
-    "prompt ↑": "Identity, prompt: right attributes among those that the prompt leaves visible.",
+    "FID ↓": """FID is to held-out photos of the same people, which have the scenes of the prompts.
+KID leaves out pairs of one person.""",
+    "prompt ↑": """Identity, prompt: right attributes among those that the prompt leaves visible.
+FeatureNet's FID does not see blur and noise, its IS counts a guess for the hair under a hat, too.""",
     "CLIP-I ↑": "CLIP-I: cosine to the person's other held-out photos.",
     "rank-1 ↑": """Face identity: the same by the judge of faces. Rank-1: the share of pictures that
 are nearer to their own person's photos than to anybody else's of the {people}; by chance
@@ -185,6 +185,8 @@ papers.""",
     "copy": """Copy: cosine to the nearest reference minus CLIP-I, or minus face identity, shown minus
 what other real photos score ({copies}).""",
 }
+OF_DREAMBOOTH = """DreamBooth's seconds include fine-tuning, and a share of the class pictures if
+these were not there yet."""
 OF_SETS = {  # columns that say something of all pictures together; of the others each is a mean
     "FID ↓": Row.fid,
     "KID ↓": Row.kid,
@@ -393,8 +395,10 @@ class Table:
         people = len(self.plan.subjects)
         copies = ", ".join(f"{column}: {value:.3f}" for column, value in self.natural.items())
         known = dict(people=people, chance=1 / people, copies=copies or "there are none")
-        columns = [text.format(**known) for column, text in MEANINGS.items() if column in self.columns]
-        meanings = "\n".join(columns)
+        shown = [text for column, text in MEANINGS.items() if column in self.columns]
+        if any(method.dreambooth for method in self.plan.methods.values()):
+            shown.append(OF_DREAMBOOTH)
+        meanings = "\n".join(shown).format(**known)
         return f"""
 `{command}`: {people} people never seen in training,
 {settings.photos} prompts each, {settings.seeds} pictures a prompt,
@@ -404,8 +408,6 @@ In brackets: 95 % intervals over people and, of rows of several trainings, over 
 drawn anew, with replacement, in each of {DRAWS} draws (of {self.distance_column[:-2]} \
 {self.count_draws(self.distance_column)}). Numbers of such rows are means over the trainings.
 {meanings}
-DreamBooth's seconds include fine-tuning, and a share of the class pictures if these were not there
-yet.
 """
 
     def write(self, stem):

@@ -2,7 +2,8 @@
 
     python -m experiments.table1                           toy people, weights/tiny
     python -m experiments.table1 --model weights/photos --data path/to/lfw-deepfunneled \
-        --faces mobilefacenet.pt --inception none          photographs of 64 × 64
+        --image-encoder mobilefacenet.pt --faces runs/base_judge/judge.safetensors \
+        --inception none                                   photographs of 64 × 64
     python -m experiments.table1 --model $SD --adapter $ADAPTER \
         --selfattn runs/sd15/ip-adapter.safetensors --data path/to/lfw-deepfunneled \
         --inception FILE --faces mobilefacenet.pt          the paper's
@@ -110,24 +111,33 @@ def add_rows(table, rows):
         table.add("real photos of strangers", table.read_photos("real", shift=1))
 
 
-def save_figure_6(plan, rows, path, people=8, has_photos=True):
-    """A row a person: the first reference, then one picture of every method of the paper.
+def list_paper_folders(rows):
+    """{folder: title} of the methods of the paper, of each its first training."""
+    firsts = [next(iter(rows[name].items())) for name in PAPER if name in rows]
+    return {folder: method.title.removeprefix("IP-Adapter + ") for folder, method in firsts}
 
-    has_photos=False: instead of the reference the person's name: photos may not be anybody's to show.
-    """
-    folders = {"references": "reference"} if has_photos else {}
-    for name in PAPER:
-        if name not in rows:
-            continue
-        folder, method = next(iter(rows[name].items()))
-        folders[folder] = method.title.removeprefix("IP-Adapter + ")
+
+def save_figure_6(plan, rows, path, people=8):
+    """A row a person: the first reference, then one picture of every method of the paper."""
+    folders = {"references": "reference", **list_paper_folders(rows)}
     pictures, captions = [], []
     for p in range(min(people, len(plan.subjects))):
         files = [plan.files(folder, p)[0] for folder in folders]
         pictures.append(list(to_tensor(read_pictures(files))))
-        prompt = plan.shots(p)[0].prompt
-        captions.append(prompt if has_photos else f"{plan.subjects[p].name}: {prompt}")
+        captions.append(plan.shots(p)[0].prompt)
     save_grid(path, pictures, list(folders.values()), captions, side=96)
+
+
+def save_generated(plan, rows, path, people=12):
+    """Figure 6 without photos, which may be nobody's to show: a row a method, a column a person."""
+    shown = range(min(people, len(plan.subjects)))
+    folders = list_paper_folders(rows)
+    names = [plan.subjects[p].name.split("_")[-1] for p in shown]
+    pictures = []
+    for folder in folders:
+        files = [plan.files(folder, p)[0] for p in shown]
+        pictures.append(list(to_tensor(read_pictures(files))))
+    save_grid(path, pictures, names, list(folders.values()), side=96)
 
 
 def save_plane(table, path):
@@ -288,8 +298,8 @@ def prepare(args, out, names, validation=False):
 def refuse_own_judge(image_encoder, judge):
     """ValueError if the embeddings are those of the judge of faces: it would judge itself."""
     if isinstance(image_encoder, FaceEncoder) and isinstance(judge, type(image_encoder.net)):
-        hint = "experiments.base_judge trains another one for --faces"
-        raise ValueError(f"--faces is the network that --image-encoder names, and would judge itself; {hint}")
+        problem = "--faces is the network that --image-encoder names, and would judge itself"
+        raise ValueError(f"{problem}; experiments.base_judge trains another one")
 
 
 def make_tables(args):
@@ -325,10 +335,12 @@ def make_tables(args):
         suffix = stem.removeprefix("table")
         save_figure_6(plan, rows, plan.out / f"figure6{suffix}.png")
         if not plan.knows_truth:
-            path = plan.out / f"figure6{suffix}-generated.png"
-            save_figure_6(plan, rows, path, has_photos=False)
+            save_generated(plan, rows, plan.out / f"generated{suffix}.png")
         save_plane(table, plan.out / f"plane{suffix}.png")
-        print(f"wrote {plan.out}/figure6{suffix}.png, {plan.out}/plane{suffix}.png")
+        written = [f"figure6{suffix}.png", f"plane{suffix}.png"]
+        if not plan.knows_truth:
+            written.append(f"generated{suffix}.png")
+        print(f"wrote {plan.out}/{', '.join(written)}")
 
 
 @processes()

@@ -85,7 +85,7 @@ def remove_empty(folders):
 
 
 def rescue_parts(folder):
-    """Clean up after a killed `write_checkpoint`: what it had moved out of the way comes back.
+    """Clean up after a killed `replace_parts`: what it had moved out of the way comes back.
 
     Also where a new part has its place already: parts of two checkpoints are none.
     """

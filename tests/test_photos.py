@@ -1,7 +1,6 @@
 """A model of photographs: crop, people of a folder, encoders and judges of faces, all stages of base.py."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -22,11 +21,11 @@ from experiments.base_networks import PHOTO_SIZES, Sizes, make_world
 from ip_adapter import IPAdapter
 from metrics import fid
 from support.checkpoints import ADAPTER, FACE_ADAPTER, find_shipped
-from support.crops import Crop, find_crop, make_crop, parse_crop, read_crop
-from support.face_net import (DEEP_FUNNELED, WHOLE, FaceEncoder, MobileFaceNet, find_face_box,
+from support.crops import Crop, find_crop, parse_crop, read_crop
+from support.face_net import (DEEP_FUNNELED, WHOLE, MobileFaceNet, find_face_box,
                               map_box)
 from support.judges import load_face_judge, name_face_box
-from support.pictures import crop_square, load_image, save_image, to_tensor
+from support.pictures import load_image, save_image, to_tensor
 from test_faces import state as face_weights  # noqa: F401 (a fixture)
 from train import Options, Task, fit
 from unet import StableDiffusion

@@ -20,7 +20,7 @@ from conftest import randn
 from data import ToyFaces
 from experiments import adapters, chosen, distances, judging, makers, photos, plan, scores, sweeps, table1
 from ip_adapter import IPAdapter, generate
-from metrics import bootstrap_ci, fid, inception_score, kernel_distance
+from metrics import bootstrap_ci, fid, kernel_distance
 from support import judges
 from support.checkpoints import ADAPTER, digest_encoders, read_adapter
 from support.devices import autocast, pick_precision
@@ -28,7 +28,7 @@ from support.face_judge import FaceJudge
 from support.face_net import FaceEncoder, MobileFaceNet
 from support.files import digest, digest_file
 from support.inception import InceptionV3
-from support.pictures import load_image, save_image, to_images, to_tensor
+from support.pictures import load_image, to_images, to_tensor
 from support.program import run
 from test_faces import state as face_weights  # noqa: F401 (a fixture)
 from toyfaces import drawing
@@ -441,8 +441,8 @@ def test_table_of_photos_has_all_rows_and_with_a_face_file_its_columns(
     assert rows[REAL[0]]["face distance ↓"][0] > 0
     assert [rows[title]["N"] for title in (BEST, REAL[0], stranger)] == [8, 3, 3]
     assert "MobileFaceNet" in said["judges"][-1] and f"minus {BEST} | FID | face identity" in text
-    figures = [Image.open(exam_folder / f"runs/table/{name}.png") for name in ("figure6", "figure6-generated")]
-    assert [figure.size[0] for figure in figures] == [96 * 6, 96 * 5]  # with and without the reference
+    figures = [Image.open(exam_folder / f"runs/table/{name}.png") for name in ("figure6", "generated")]
+    assert [figure.size[0] for figure in figures] == [96 * 6, 96 * 2]  # with the reference; a column a person
     assert rows[REAL[0]]["rank-1 ↑"][0] > rows[stranger]["rank-1 ↑"][0]
 
     # The same pictures without that judge.
