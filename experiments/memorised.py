@@ -33,7 +33,7 @@ def read_directions(net, pixels, title):
     """uint8 (n, 3, H, W) -> unit vectors (n, 128) on the CPU."""
     device = next(net.parameters()).device
     parts = []
-    for part in tqdm(pixels.split(64), title, leave=False):
+    for part in tqdm(pixels.split(16), title, leave=False):  # by 64: 2.5 times as slow
         faces = net.resize(to_tensor(part).to(device))
         parts.append(net.read(faces)[0].float().cpu())
     return F.normalize(torch.cat(parts), dim=1)
