@@ -15,7 +15,7 @@ from conftest import close, randn
 from data import LFW, ToyFaces, load_people
 from ddpm import Schedule
 from experiments import (base, base_average, base_data, base_identity, base_judge, base_tasks,
-                         base_together, memorised, plan, scores)
+                         base_together, memorised, plan, scores, table1)
 from experiments import base_networks
 from experiments.base_networks import PHOTO_SIZES, Sizes, make_world
 from ip_adapter import IPAdapter
@@ -387,7 +387,16 @@ def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_fi
     words = ["--data", portraits, *WORDS, "--image-encoder", face_file, "--out", "photos"]
     program(base, monkeypatch, *words, "--until", "clip")
     assert not (workdir / "photos/unet").exists() and "stopped after clip" in capsys.readouterr().out
-    program(base, monkeypatch, *words, "--resume")
+    events = []  # the second adapter begins with the W_k and W_v that the UNet has learned
+    make, train_average = base.make_adapter, base.Run.train_average
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "make_adapter", lambda *args: events.append("make") or make(*args))
+        patch.setattr(base.Run, "train_average", lambda self, task, *args, **more: events.append(
+            task.name) or train_average(self, task, *args, **more))
+        program(base, monkeypatch, *words, "--resume")
+    assert events == ["make", "together", "make", "ip_adapter"]
+    settings = torch.load(base.PHOTO_RUNS / "together.pt", weights_only=True)["settings"]
+    assert settings["min-snr"] == "5.0"  # the default
     out = capsys.readouterr().out
     assert "vae: validation" in out and "together: validation" in out
     log = (base.PHOTO_RUNS / "together.csv").read_text().splitlines()
@@ -408,6 +417,11 @@ def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_fi
         program(sample, monkeypatch, "--model", "photos", "--refs", *files, "--prompt", "a photo of a man",
                 "--adapter", f"photos/{FACE_ADAPTER}", "--n", 1, "--device", "cpu")
     assert "width 128, not 48" in capsys.readouterr().err
+
+    with pytest.raises(SystemExit):
+        program(table1, monkeypatch, "--model", "photos", "--data", portraits, "--image-encoder", face_file,
+                "--faces", face_file, "--inception", "none", "--device", "cpu")
+    assert "would judge itself" in capsys.readouterr().err
 
     # Trained on from there: UNet and adapters alone, on the same crop.
     more = [word for word in words if word not in (*WORDS, "--out", "photos")]
@@ -443,6 +457,27 @@ def test_base_of_a_folder_of_photos_is_a_model_for_everything(portraits, face_fi
     assert "--every 100, not 1" in capsys.readouterr().err
 
 
+def test_a_model_is_written_with_its_adapters_or_not_at_all(cut_model, workdir):
+    sd = StableDiffusion.load(cut_model)
+    base.save_world(workdir / "out", sd, {ADAPTER: IPAdapter(sd.unet, 48), FACE_ADAPTER: IPAdapter(sd.unet, 128)})
+    before = tensors_of(workdir / "out")
+    assert {FACE_ADAPTER, ADAPTER} <= {name.split(" ")[0] for name in before}
+
+    class Broken(IPAdapter):
+        def save(self, path):
+            raise OSError("the disk is full")
+
+    with torch.no_grad():
+        sd.unet.conv_in.weight.add_(1)
+    with pytest.raises(OSError):
+        base.save_world(workdir / "out", sd, {ADAPTER: Broken(sd.unet, 48)})
+    after = tensors_of(workdir / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    # A new UNet leaves no adapter of the old one behind.
+    base.save_world(workdir / "out", sd, {ADAPTER: IPAdapter(sd.unet, 48)})
+    assert not (workdir / "out" / FACE_ADAPTER).exists()
+
+
 def tensors_of(folder):
     """{path in the folder and name: tensor} of all weights."""
     found = {}
@@ -460,12 +495,18 @@ def test_unet_and_adapter_learn_together_then_an_adapter_alone(cut_model, portra
     assert latents.shape == (2, len(faces.pixels), 4, 16, 16)
     mirrored = sd.encode_latents(to_tensor(faces.pixels[:1].flip(3)))
     assert F.mse_loss(latents[1, :1], mirrored) < F.mse_loss(latents[0, :1], mirrored)
+    # What is in the cache knows its precision.
+    for read in (base_data.encode_both_sides, base_data.embed_both_sides):
+        exact = read(sd, faces.pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = read(sd, faces.pixels)
+        assert not torch.equal(exact, rounded) and F.cosine_similarity(exact, rounded, dim=-1).mean() > 0.9
     embeds = randn(2, len(faces.pixels), 48).float()
     branch = base_together.Branch(ADAPTER, embeds, None, adapter=IPAdapter(sd.unet, 48))
 
     def make_task(frozen, branch=branch, latents=latents):
         device = torch.device("cpu")
-        return base_together.together_task(sd, branch, latents, faces, held, device, workdir, frozen=frozen)
+        return base_together.together_task(sd, branch, latents, faces, held, device, workdir, 3.0, frozen)
 
     for frozen in (False, True):
         sd.unet.requires_grad_(False)
@@ -499,7 +540,7 @@ def test_unet_and_adapter_learn_together_then_an_adapter_alone(cut_model, portra
         seen = []
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(base_together, "diffusion_loss", lambda sd, z_0, t, eps, c_t, c_i, gamma: seen.append(
-                (len(z_0), c_i is None)) or torch.tensor(3.0 if c_i is None else 1.0))
+                (len(z_0), c_i is None)) or torch.tensor(gamma if c_i is None else gamma / 3))
             mean = make_task(frozen).loss(64, torch.Generator().manual_seed(0))
         assert set(seen) == expected and len(seen) == len(expected)
         assert mean == (1 if frozen else (16 * 3 + 48) / 64)  # over the rows
