@@ -28,7 +28,7 @@ from support.files import digest, digest_bytes, digest_file, read_json, write_js
 
 VERSION = 3  # of the pictures: raised by hand when this or any other code makes other ones
 REFERENCES = 9
-VALIDATION = 100  # people: data.load_people validates on so many of a folder's held-out people
+VALIDATION = 100  # people, at most: data.load_people validates on so many
 
 
 @dataclass
@@ -241,9 +241,9 @@ def choose_subjects(source, size, settings, crop=None):
     """People that nothing was trained on.
 
     source: "toy": of ToyFaces' seed 2, after the hundred of validation. A folder like LFW: of the
-    held-out third (data.split), those with more than nine photos; the hundred that train.py
-    validates on come last, so that they are taken only if there are no others. crop: of a folder's
-    photos.
+    held-out third (data.split), those with more than nine photos, on whom nobody validates. (Only if
+    everybody held out has so many, train.py validates on the first hundred: they come last.) crop:
+    of a folder's photos.
 
     settings.validation: of toy people the hundred, and nobody else.
     """

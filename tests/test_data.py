@@ -111,6 +111,19 @@ def test_no_photo_of_a_folder_is_in_training_and_held_out_at_once(photo_folder):
     assert len(learned) + len(held) == len(files) - alone
 
 
+@pytest.mark.parametrize("counts, has_few", [([2, 10, 9, 30] * 6, True), ([10, 12] * 6, False)])
+def test_whom_tables_may_ask_for_is_not_validated_on_if_others_are_held_out(tmp_path, counts, has_few):
+    for p, count in enumerate(counts):
+        (tmp_path / f"p{p:03d}").mkdir()
+        for q in range(count):
+            (tmp_path / f"p{p:03d}/{q:04d}.jpg").touch()
+    _, held = load_people(tmp_path, 64)
+    _, test = split(LFW(tmp_path, 64).people)
+    few = [person.name for person in test if len(person.photos) < 10]
+    assert [person.name for person in held] == (few if has_few else [person.name for person in test])
+    assert len(few) < len(test)
+
+
 # ---------------------------------------------------------------- features
 
 
