@@ -3,7 +3,8 @@
     python -m experiments.base_judge --data path/to/lfw-deepfunneled --crop 58,48,198,188
 
 It learns the names of all people of the folder, the exam's too: a judge may know everybody, a method
-may not. Of everybody with ten or more photos the last one is held out, for validation.
+may not. Of the exam's people (base_data.py) it sees the nine references and no other photo, so what
+a table says of their real photos is said of photos that are new to it, as pictures are.
 The result, judge.safetensors in --out, is for --faces of experiments.table1 and metrics.py, and for
 --judge of experiments.base.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import LFW
+from data import LFW, split
 from experiments.base_data import read_faces
 from experiments.base_identity import judge_task
 from experiments.plan import REFERENCES
@@ -28,22 +29,25 @@ from train import Options, fit
 
 
 def share_photos(people):
-    """-> all people with the photos to train on; those of ten or more with one more and their last.
+    """-> all people with the photos to learn; the exam's once more with those of validation.
 
-    The second are for validation: two photos each, the first and the last, of which only the first
-    was trained on. ValueError if there are fewer than two of them.
+    Of the exam's people the first nine photos by name are learned, which are the references, the next
+    nine are for validation, and the rest for nobody. ValueError if there are no two people with two
+    photos of validation each.
     """
+    _, held_out = split([person for person in people if len(person.photos) > 1])
+    exam = {person.name for person in held_out if len(person.photos) > REFERENCES}
     learned = []
     held = []
     for person in people:
         photos = person.photos
-        if len(photos) > REFERENCES:
-            held.append(person._replace(photos=[photos[0], photos[-1]]))
-            photos = photos[:-1]
+        if person.name in exam:
+            held.append(person._replace(photos=photos[REFERENCES : 2 * REFERENCES]))
+            photos = photos[:REFERENCES]
         learned.append(person._replace(photos=photos))
-    if len(held) < 2:
-        needs = f"at least two people with {REFERENCES + 1} or more photos"
-        raise ValueError(f"{needs} are needed: validation is of their last ones")
+    if sum(len(person.photos) > 1 for person in held) < 2:
+        problem = f"too few people to validate on, {len(exam)} have ten or more photos"
+        raise ValueError(f"{problem} among the held-out third: two need {REFERENCES + 2} or more")
     return learned, held
 
 

@@ -45,8 +45,8 @@ def portraits(tmp_path_factory):
     """Toy faces in the crop of 250 × 250 photos, in the layout of LFW; prompts.tsv beside them."""
     root = tmp_path_factory.mktemp("portraits") / "people"
     lines = ["image\tprompt"]
-    counts = [1, 2, 2, 2, 3, 1, 2, 2, 2, 10, 10]
-    for person, count in zip(ToyFaces(len(counts), photos=10, seed=7).people, counts):
+    counts = [1, 11, 2, 2, 3, 1, 2, 2, 2, 11, 11]
+    for person, count in zip(ToyFaces(len(counts), photos=11, seed=7).people, counts):
         folder = root / person.name
         folder.mkdir(parents=True)
         for q, photo in enumerate(person.photos[:count]):
@@ -592,12 +592,29 @@ def test_base_judge_writes_a_judge_that_tables_take(portraits, workdir, monkeypa
         load_face_judge("broken.safetensors")
 
 
-def test_the_judge_learns_everybody_but_not_the_photos_it_is_validated_on(tmp_path):
-    people = LFW(count_photos(tmp_path, [1, 10, 12]), 64, min_photos=1).people
+def list_names(photos):
+    return [photo.name for photo in photos]
+
+
+def test_the_judge_learns_everybody_but_of_the_exam_only_the_references(tmp_path):
+    root = count_photos(tmp_path, [1, 12, 30, 2, 3, 2, 12, 3, 10, 15])
+    people = LFW(root, 64, min_photos=1).people
     learned, held = base_judge.share_photos(people)
-    assert [len(person.photos) for person in learned] == [1, 9, 11]
-    for person, pair in zip(learned[1:], held):
-        assert pair.photos[0] in person.photos and pair.photos[1] not in person.photos
+    settings = plan.Settings(torch.device("cpu"), "fp32")
+    exam = {subject.name: subject for subject in plan.choose_subjects(root, 64, settings)}
+    assert len(exam) >= 2 and {person.name for person in held} == set(exam)
+    for whole, known in zip(people, learned):
+        subject = exam.get(whole.name)
+        assert list_names(known.photos) == list_names(subject.references if subject else whole.photos)
+    for person in held:
+        seen = list_names(exam[person.name].references)
+        assert 0 < len(person.photos) <= 9 and not set(seen) & set(list_names(person.photos))
+
+
+def test_the_judge_needs_two_people_of_the_exam(tmp_path):
+    people = LFW(count_photos(tmp_path, [1, *[10] * 9]), 64, min_photos=1).people
+    with pytest.raises(ValueError, match="3 have ten or more photos .* two need 11 or more"):
+        base_judge.share_photos(people)
 
 
 def test_copies_of_training_photos_are_found_and_other_pictures_are_not(cut_model, portraits, face_file, workdir,
