@@ -26,6 +26,7 @@ from support.devices import DTYPE, Stopwatch, pick_device, pick_precision
 from support.fast_cpu import prepare_unet
 from support.files import check_writable
 from support.finite import check_finite
+from support.hints import check_request, note_references
 from support.lora import load_lora
 from support.pictures import save_pictures, save_sheet
 from support.program import run
@@ -112,15 +113,6 @@ def find_references(args, adapter_file, size, crop=None):
     return references, scene if args.prompt is None else args.prompt
 
 
-def check_request(args, references, prompt, adapter_file):
-    if (args.adapter or args.agg) and not references:
-        raise ValueError("--adapter and --agg are for reference photos: name some with --refs")
-    if prompt is None:
-        raise ValueError("no prompt: say what to show with --prompt")
-    if references and adapter_file is None:
-        raise ValueError(f"{args.model} comes without an adapter: name one with --adapter")
-
-
 def main():
     args = parse_sampling(__doc__, list(AGGREGATORS))
     device = pick_device(args.device)
@@ -136,6 +128,7 @@ def main():
     source, c_i, null_c_i = "text only", None, None
     if references:
         adapter = IPAdapter.load(adapter_file, sd.unet, args.agg)
+        note_references(adapter, adapter_file, len(references))
         source = f"{adapter_file} ({adapter.agg})"
         c_i, null_c_i = embed_references(sd, adapter, references)
         c_i = c_i.expand(args.n, -1, -1)

@@ -68,7 +68,10 @@ def locate(path, parts, dtype):
     if Path(path).exists():
         return Path(path)
     if not is_hub_id(str(path)):
-        raise FileNotFoundError(f"{path}: no such file or folder (looked for in {Path.cwd()})")
+        where = f"looked for in {Path.cwd()}"
+        if Path(path).name == "mobilefacenet.pt":
+            where += "; support/README.md, Faces, says where to get it"
+        raise FileNotFoundError(f"{path}: no such file or folder ({where})")
     folders = [*parts, "image_encoder"] if parts else []
     for pattern in weight_patterns(dtype):
         wanted = ["*.json", "*.txt"] + [f"{part}/{pattern}" for part in folders]

@@ -70,8 +70,10 @@ def parse_sampling(text, aggregators):
         "weights/tiny)")
     add("--image-encoder", help="folder or hub id of the CLIP image encoder, if not in --model; or the "
         "file of a face recogniser, mobilefacenet.pt")
-    add("--adapter", type=file_path, help="adapter file (default: the newest in runs/, or the shipped)")
-    add("--refs", type=file_path, nargs="+", help="photos of one person (default: a toy person)")
+    add("--adapter", type=file_path, help="adapter file (default: of weights/tiny the newest in runs/, else "
+        "the one in --model)")
+    add("--refs", type=file_path, nargs="+", help="photos of one person (default: with weights/tiny a "
+        "toy person, else none)")
     add("--agg", choices=aggregators, help="use the adapter with another aggregator")
     add("--lora", type=file_path, help="LoRA file to merge into the UNet, ours or diffusers'")
     add("--prompt", help="what to show (default: the scene of the person's tenth photo)")

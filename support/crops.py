@@ -96,14 +96,18 @@ def read_crop(model):
 
 
 def open_references(files, crop):
-    """Reference photos, cut like the photos that the model learned from; a hint if that is a guess."""
+    """Reference photos, cut like the photos that the model learned from, and a note how."""
     images = [load_image(file) for file in files]
     if crop is None:
         return images
+    width, height = crop.frame
     strange = [file for file, image in zip(files, images) if image.size != crop.frame]
+    if len(strange) < len(files):
+        print(f"note: photos of {width} × {height} pixels are taken for uncut ones, as LFW has them, and "
+              f"cut by the box {','.join(map(str, crop.box))}")
     if strange:
-        share = (crop.box[2] - crop.box[0]) / crop.frame[0]
+        share = (crop.box[2] - crop.box[0]) / width
         print(f"note: of {strange[0]}{' and others' if len(strange) > 1 else ''} the centre square is "
-              "taken; cut photos yourself so that the face fills it, from the middle of the forehead "
-              f"to the chin ({share:.0%} of a Deep Funneled photo)")
+              "taken; the face should fill it from the hairline to just below the chin "
+              f"({share:.0%} of a Deep Funneled photo)")
     return [crop.cut(image) for image in images]

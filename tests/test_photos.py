@@ -20,6 +20,7 @@ from experiments import base_networks
 from experiments.base_networks import PHOTO_SIZES, Sizes, make_world
 from ip_adapter import IPAdapter
 from metrics import fid
+from support import checkpoints, hints
 from support.checkpoints import ADAPTER, FACE_ADAPTER, find_shipped
 from support.crops import Crop, find_crop, parse_crop, read_crop
 from support.face_net import (DEEP_FUNNELED, WHOLE, MobileFaceNet, find_face_box,
@@ -148,10 +149,42 @@ def test_tables_and_train_py_cut_photos_as_the_model_does(cut_model, portraits):
     assert {photo.key[-1] for subject in subjects for photo in subject.references} == {CROP}
 
 
+@pytest.mark.parametrize("agg, count, file, says", [
+    ("none", 3, "a.safetensors", "reads the first reference only; --agg avg reads all 3"),
+    ("none", 1, "a.safetensors", ""),
+    ("avg", 3, "a.safetensors", ""),
+    ("selfattn", 3, "a.safetensors", "a.safetensors was not trained with self-attention"),
+    ("avg", 3, checkpoints.PHOTOS / ADAPTER, "hardly sees who it is"),
+    ("avg", 3, checkpoints.PHOTOS / FACE_ADAPTER, ""),
+])
+def test_sample_says_where_references_count_less_than_was_meant(tiny_model, agg, count, file, says, capsys):
+    adapter = IPAdapter(tiny_model.unet, 16, agg, attach=False)
+    hints.note_references(adapter, file, count)
+    said = capsys.readouterr().out
+    assert says in said and bool(says) == bool(said)
+    if agg == "selfattn":  # a trained one
+        torch.nn.init.normal_(adapter.aggregator.to_k.weight)
+        hints.note_references(adapter, file, count)
+        assert not capsys.readouterr().out
+
+
+def test_sample_says_which_model_has_an_adapter_of_faces(tiny_folder, portraits, face_file, capsys, monkeypatch):
+    file = next(portraits.glob("*/*.jpg"))
+    words = ["--refs", file, "--prompt", "x", "--n", 1, "--steps", 1, "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        program(sample, monkeypatch, "--model", tiny_folder, *words, "--image-encoder", face_file)
+    assert "mobilefacenet.pt (weights/photos has one): name one with --adapter" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        program(sample, monkeypatch, "--model", tiny_folder, *words, "--image-encoder", "mobilefacenet.pt")
+    assert "support/README.md, Faces, says where to get it" in capsys.readouterr().err
+
+
 def test_sample_cuts_references_and_says_when_that_is_a_guess(tmp_path, portraits, capsys):
     file = sorted(portraits.glob("*/*.jpg"))[0]
     (cut,) = sample.open_references([file], CROP)
-    assert cut.size == (140, 140) and not capsys.readouterr().out
+    assert cut.size == (140, 140)
+    said = capsys.readouterr().out
+    assert "250 × 250 pixels" in said and "cut by the box 58,48,198,188" in said and "centre" not in said
     save_image(tmp_path / "me.png", Image.new("RGB", (90, 60)))
     _, mine = sample.open_references([file, tmp_path / "me.png"], CROP)
     assert mine.size == (90, 60) and "me.png the centre square" in capsys.readouterr().out
