@@ -1,8 +1,8 @@
 """FaceJudge: a small recogniser of faces that was trained here, for tables in which MobileFaceNet
 itself makes the embeddings: nobody is judged by the network that made what is judged.
 
-A judge may know everybody, a method may not: it is trained on all people of a folder, those of the
-table too (experiments/base_judge.py).
+A judge may know everybody, a method may not: it is trained on all people of a folder, on those of the
+table by their references only (experiments/base_judge.py).
 """
 
 import torch
@@ -38,7 +38,7 @@ class FaceJudge(nn.Module):
     Like MobileFaceNet's, their direction says who it is.
     """
 
-    name = "FaceJudge of experiments.base_judge, trained on all people of the folder"
+    name = "FaceJudge of experiments.base_judge, which knows everybody, the table's by their references"
 
     def __init__(self, width=32):
         super().__init__()
