@@ -13,8 +13,8 @@ How test people are kept out of training, all in one place:
   ToyFaces   every seed is a population of its own: seed 0 trains the base model, seed 1 the
              adapters (`load_people`). Of seed 2 the first hundred people are for validation, the
              others for the tables (experiments/plan.py). Other seeds are free.
-  LFW        `split` splits by person: two thirds train. Of the held-out third a hundred people with
-             two to nine photos validate (`load_people`); those with more are for the tables.
+  LFW        `split` splits by person: two thirds train. Of the held-out third a hundred people validate
+             (`load_people`); those with ten photos or more, for the tables, only if others are few.
   a person   within a person, `leave_one_out` never puts the target among its own references.
 
 Then: the frozen features of every photo (`Features`), and leave-one-out batches (`leave_one_out`).
@@ -145,8 +145,8 @@ def load_people(source, size, count=800, crop=None):
     if not test:
         alone = "only one person with two photos; at least one more must be held out for validation"
         raise ValueError(f"{source}: {alone}")
-    few = [person for person in test if len(person.photos) <= 9]  # tables ask for more than nine
-    return train, (few or test)[:100]
+    test.sort(key=lambda person: len(person.photos) > 9)  # tables ask for these: they come last
+    return train, test[:100]
 
 
 # ---------------------------------------------------------------- frozen features

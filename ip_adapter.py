@@ -97,7 +97,7 @@ class IPAdapter(nn.Module):
         wanted = self.image_proj.proj.in_features
         found = embeds.shape[-1]
         if found != wanted:
-            hint = "name the image encoder that it was trained for (--image-encoder)"
+            hint = "name its own with --image-encoder"
             raise ValueError(f"the adapter reads image embeddings of width {wanted}, not {found}: {hint}")
         return self.image_proj(self.aggregator(embeds))
 

@@ -3,7 +3,7 @@
 Two kinds, toy people (`Faces`) and the photos of a folder (`PhotoFaces`), with one interface:
 `pixels`, `pick(i, generator)` and `write_caption(k, rng)`.
 
-Who is who in a folder (`choose_people`), the one place where that is decided:
+Who is who in a folder (`choose_people`):
   training     two thirds of the people with two or more photos (data.split), and everybody with one
   validation   held-out people with two to nine photos, a hundred at most: losses, early stopping
   exam         held-out people with ten or more (plan.choose_subjects): no stage ever sees them

@@ -80,7 +80,7 @@ def test_tokens_are_projected_after_aggregation(unet, agg, M):
 
 
 def test_embeddings_of_another_encoder_are_refused(unet):
-    with pytest.raises(ValueError, match="^the adapter reads image embeddings of width 6, not 7: name the image"):
+    with pytest.raises(ValueError, match="^the adapter reads image embeddings of width 6, not 7: name its own"):
         IPAdapter(unet, E).tokens(randn(B, N, 7))
 
 
