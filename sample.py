@@ -103,13 +103,13 @@ def choose_image_encoder(args, adapter_file):
     return False
 
 
-def find_references(args, adapter_file, size, crop=None):
+def find_references(args, adapter_file, sd):
     """The reference pictures, none for text only, and the prompt: --prompt, or a toy person's scene."""
     if args.refs:
-        return open_references(args.refs, crop), args.prompt
+        return open_references(args.refs, find_crop(sd.preprocessor)), args.prompt
     if not takes_toy_person(args.model, adapter_file, args.lora):
         return [], args.prompt
-    references, scene = draw_unseen_person(args.seed, size)
+    references, scene = draw_unseen_person(args.seed, sd.image_size)
     return references, scene if args.prompt is None else args.prompt
 
 
@@ -120,8 +120,7 @@ def main():
     adapter_file = find_adapter(args.model, args.adapter, args.image_encoder)
     image_encoder = choose_image_encoder(args, adapter_file)
     sd = load_model(args.model, device, precision, image_encoder, args.lora)
-    crop = find_crop(sd.preprocessor)
-    references, prompt = find_references(args, adapter_file, sd.image_size, crop)
+    references, prompt = find_references(args, adapter_file, sd)
     check_request(args, references, prompt, adapter_file)
 
     # The conditions: image tokens, the prompt's tokens, and those of "no condition".
