@@ -112,7 +112,7 @@ def test_no_photo_of_a_folder_is_in_training_and_held_out_at_once(photo_folder):
     assert len(learned) + len(held) == len(files) - alone
 
 
-@pytest.mark.parametrize("counts", [[2, 10, 9, 30] * 6, [10, 12] * 6, [2, 10] * 320])
+@pytest.mark.parametrize("counts", [[2, 10, 9, 30] * 6, [10, 12] * 6, [2, 10] * 320, [2, 10, 10] * 150])
 def test_whom_tables_may_ask_for_is_validated_on_only_if_others_are_few(tmp_path, counts):
     for p, count in enumerate(counts):
         (tmp_path / f"p{p:03d}").mkdir()
