@@ -242,7 +242,8 @@ def choose_subjects(source, size, settings, crop=None):
 
     source: "toy": of ToyFaces' seed 2, after the hundred of validation. A folder like LFW: of the
     held-out third (data.split), those with more than nine photos. Only if fewer than a hundred others
-    are held out, train.py validates on some of them, who come last here. crop: of a folder's photos.
+    are held out, train.py validates on some of them; they are among the first hundred held out, who
+    come last here. crop: of a folder's photos.
 
     settings.validation: of toy people the hundred, and nobody else.
     """
